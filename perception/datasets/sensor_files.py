@@ -101,6 +101,13 @@ def write_image(path: Path, rgb: Array) -> None:
     path.write_bytes(encoded.tobytes())
 
 
+def read_bytes(path: Path, source: str) -> bytes:
+    """The bytes of a sensor file. Raises DataError where it is missing or larger than any sweep."""
+    if (size := _size(path, source)) > _MAX_ROWS * 64:
+        raise DataError(f"{path}: {size:,} bytes are more than any sweep has", f"is it from {source}?")
+    return path.read_bytes()
+
+
 def read_json(path: Path, source: str) -> Any:
     """The content of a JSON file. Raises DataError where it is missing or not JSON."""
     _size(path, source)
