@@ -139,7 +139,7 @@ def _points(message: Any, where: str) -> Array:
                 f"{where}: field {f.name!r} has datatype {f.datatype}", "sensor_msgs/PointField knows 1 (INT8) to 8"
             )
         # PCL packs colour bytes into a float; read as one, an opaque colour is NaN.
-        form = np.dtype(order + ("u4" if f.name in ("rgb", "rgba") else _DATATYPES[f.datatype]))
+        form = np.dtype(order + ("u4" if f.name in ("rgb", "rgba") and f.datatype == 7 else _DATATYPES[f.datatype]))
         if f.offset + form.itemsize > step or f.name in names:
             raise DataError(
                 f"{where}: field {f.name!r} at byte {f.offset} (+{form.itemsize}) does not fit a point_step of {step}, "
