@@ -53,7 +53,7 @@ def read_npz(path: Path, keys: Sequence[str], max_bytes: int, source: str) -> tu
                 with archive.open(members[key]) as stream:
                     arrays.append(_read_array(stream, members[key].file_size, f"{path}[{key}]", max_bytes, source))
             return tuple(arrays)
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: encrypted, unknown method
         raise DataError(f"{path}: not a whole .npz archive: {error}", f"copy it again from {source}") from error
     except OSError as error:
         raise _unreadable(path, error, source) from error

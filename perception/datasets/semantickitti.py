@@ -288,8 +288,7 @@ class _SequenceInProgress:
             write_point_labels(self._file("labels", frame, ".label"), truth.point_label["top"])
         if truth is not None and truth.occupancy is not None:
             path = voxels.file_path(self.root, self.name, frame)
-            voxels.write(path, truth.occupancy, self.voxel_version)
-            voxels.write_voxels(path.with_suffix(".bin"), _scanned(cloud, self.voxel_version))
+            voxels.write(path, truth.occupancy, _scanned(cloud, self.voxel_version), self.voxel_version)
         self.stamps_ns.append(sample.stamp_ns)
 
     def _check_sample(self, sample: Sample) -> None:

@@ -7,7 +7,8 @@ they are. Four files a frame, every fifth scan, all in [x, y, z] C order:
 * `.bin`: one bit a voxel, most significant first: the scan fell into it; the input of the task.
 * `.label`: uint16 raw id a voxel, 0 free (train and val only).
 * `.invalid`: one bit: seen from no pose of the aggregated scans, so not scored.
-* `.occluded`: one bit: not visible from this scan's pose.
+* `.occluded`: one bit: no ray of this scan passed through; what the scan fell into is marked too (`.bin` and `.invalid`
+  are subsets of it), so that the LiDAR observed what is not occluded and what is in `.bin`.
 """
 
 from __future__ import annotations
@@ -45,31 +46,40 @@ def file_path(root: Path, sequence: str, frame: int) -> Path:
 
 
 def read(path: Path, ego_from_lidar: Pose, stamp_ns: int, version: VoxelVersion = "v1.1") -> OccupancyGrid3D:
-    """The truth of one frame, of its `.label`, `.invalid` and, where it exists, `.occluded`.
+    """The truth of one frame, of its `.label` (the path), `.invalid` and, where there is one, `.occluded` with `.bin`.
 
-    Invalid voxels and ids nobody scores are IGNORE_LABEL; what is not occluded is `observed` by the LiDAR.
+    Invalid voxels and ids nobody scores are IGNORE_LABEL.
 
     Raises:
         DataError: a file is missing, of the wrong size, or holds ids of no class.
     """
     label = read_label_voxels(path)
     label[read_voxels(path.with_suffix(".invalid"))] = IGNORE_LABEL
-    occluded = path.with_suffix(".occluded")
-    observed = {"lidar": ~read_voxels(occluded)} if occluded.exists() else {}
+    observed = {}
+    if (occluded := path.with_suffix(".occluded")).exists():
+        observed["lidar"] = ~read_voxels(occluded) | read_voxels(path.with_suffix(".bin"))
     return OccupancyGrid3D(grid(ego_from_lidar, version), label, CLASSES, FREE_LABEL, stamp_ns, observed=observed)
 
 
-def write(path: Path, occupancy: OccupancyGrid3D, version: VoxelVersion = "v1.1") -> None:
-    """Write `.label`, `.invalid` and, where the LiDAR's view is known, `.occluded`.
+def write(path: Path, occupancy: OccupancyGrid3D, scanned: Array, version: VoxelVersion = "v1.1") -> None:
+    """Write `.label` (the path), `.bin`, `.invalid` and, where the LiDAR's view is known, `.occluded`.
 
-    Raises ValueError for an occupancy of another layout.
+    Args:
+        path: of the `.label` file.
+        occupancy: the truth; ignored voxels become invalid.
+        scanned: (256, 256, 32) bool, what the scan fell into; read back, all of it is observed.
+        version: the release whose grid the occupancy has.
+
+    Raises:
+        ValueError: the occupancy is of another layout.
     """
     check_layout(occupancy, grid(occupancy.grid.ego_from_grid, version), CLASSES, f"SemanticKITTI {version}")
     ignored = occupancy.label == IGNORE_LABEL
     write_label_voxels(path, np.where(ignored, np.uint8(FREE_LABEL), occupancy.label))
     write_voxels(path.with_suffix(".invalid"), ignored)
+    write_voxels(path.with_suffix(".bin"), scanned)
     if "lidar" in occupancy.observed:
-        write_voxels(path.with_suffix(".occluded"), ~occupancy.observed["lidar"])
+        write_voxels(path.with_suffix(".occluded"), ~occupancy.observed["lidar"] | scanned)
 
 
 def read_voxels(path: Path) -> Array:
