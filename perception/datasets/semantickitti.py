@@ -82,6 +82,12 @@ class _Sequence:
                 f"{folder / 'velodyne'}: no scans; {root / 'sequences'} holds {there}",
                 "root is the folder that holds `sequences`; name the sequences you have with  split: ['00', ...]",
             )
+        volumes = _frames(folder / "voxels", ".bin")
+        if len(orphans := np.setdiff1d(volumes, scans)):
+            raise DataError(
+                f"{folder / 'voxels'}: volume {orphans[0]:06d} has no scan ({len(orphans)} such of {len(volumes)})",
+                "velodyne is incomplete; copy it again from the KITTI odometry download",
+            )
         stamps_ns = kitti.read_times(folder / "times.txt")
         _check_lines(folder / "times.txt", len(stamps_ns), scans)
         poses = None
@@ -92,7 +98,7 @@ class _Sequence:
             name,
             folder,
             scans,
-            _frames(folder / "voxels", ".bin"),
+            volumes,
             (folder / "labels").is_dir(),
             len(_frames(folder / "voxels", ".label")) > 0,
             kitti.read_calibration(folder / "calib.txt"),
@@ -146,9 +152,11 @@ class SemanticKITTI:
                 "unpack data_odometry_voxels there, or set  frames: all",
             )
 
+        self._tokens = tuple(f"{sequence.name}/{frame:06d}" for sequence, frame in self._index)
+
     @property
     def tokens(self) -> Sequence[str]:
-        return [f"{sequence.name}/{frame:06d}" for sequence, frame in self._index]
+        return self._tokens
 
     def __len__(self) -> int:
         return len(self._index)
@@ -163,7 +171,7 @@ class SemanticKITTI:
             lidars=lidars,
             cameras={"front": self._image(sequence, frame)} if wanted else {},
             odom_from_ego=sequence.map_from_ego(frame),
-            token=f"{sequence.name}/{frame:06d}",
+            token=self._tokens[i],
         )
 
     def truth(self, i: int) -> Truth | None:

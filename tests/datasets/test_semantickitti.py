@@ -212,6 +212,10 @@ def _truncate_lines(path: Path, lines: int) -> None:
         ),
         (lambda f: (f / "calib.txt").unlink(), r"calib\.txt: No such file"),
         (lambda f: (f / "times.txt").unlink(), r"times\.txt: No such file"),
+        (
+            lambda f: (f / "velodyne/000000.bin").unlink(),
+            r"voxels: volume 000000 has no scan \(1 such of 1\)\n.*velodyne is incomplete",
+        ),
         (lambda f: _truncate_lines(f / "times.txt", 2), r"times\.txt: 2 lines; scan 000002 needs 3"),
         (lambda f: _truncate_lines(f / "poses.txt", 1), r"poses\.txt: 1 lines; scan 000002 needs 3"),
     ],
