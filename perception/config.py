@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,15 +29,28 @@ def load_config(schema: type[C], path: Path | str | None = None, overrides: Sequ
     Raises ConfigError naming the file and the key for: a missing file, YAML that does not parse, an unknown key (with
     the nearest known one) and a value of the wrong type.
     """
-    where, data = "the command line", {}
-    if path is not None:
-        where, data = str(path), read_yaml(Path(path))
+    data = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         apply_override(data, override)
+    return validate(schema, data, str(path) if path is not None else "the command line")
+
+
+def validate(schema: type[C], data: Mapping[str, Any], where: str, prefix: str = "") -> C:
+    """The configuration in `data`; ConfigError names `where` and the key, which follows `prefix` ("dataset.")."""
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(*_explain(error, schema, where)) from error
+        raise ConfigError(*_explain(error, schema, where, prefix)) from error
+
+
+def schema_of(table: Mapping[str, str], section: str, data: Mapping[str, Any], where: str) -> type[Config]:
+    """`ClassConfig` of the "module:Class" that a table has for `data["name"]`."""
+    name = data.get("name")
+    if not isinstance(name, str) or name not in table:
+        raise ConfigError(f"{where}: {section}.name: {name!r} is not known", f"set it to one of: {', '.join(table)}")
+    module, _, cls = table[name].partition(":")
+    schema: type[Config] = getattr(import_module(module), f"{cls}Config")
+    return schema
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -75,10 +89,10 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}", "quote it, or mend it") from error
 
 
-def _explain(error: ValidationError, schema: type[Config], where: str) -> tuple[str, str]:
+def _explain(error: ValidationError, schema: type[Config], where: str, prefix: str) -> tuple[str, str]:
     """What is wrong and what to do, of the first error of a validation."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = prefix + ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] != "extra_forbidden":
         return (

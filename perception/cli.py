@@ -1,0 +1,169 @@
+"""The `perception` command. Thin: each command reads its arguments, calls the core and prints."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+
+from perception.errors import DataError, PerceptionError
+from perception.types import Dataset
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(bench_app, name="bench")
+out = Console()
+err = Console(stderr=True)
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a configuration key, a.b=value. Repeatable.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:1")]
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Accepted anywhere.")] = False,
+) -> None:
+    """LiDAR, camera and radar in; 3D boxes, semantic occupancy and a localized pose out."""
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, GPU and spconv build, ROS Python, shared memory; each problem with its fix."""
+    from perception.doctor import examine
+    from perception.tables import findings_table
+
+    findings = examine()
+    out.print(findings_table(findings))
+    if any(finding.status == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="A data set's root, or a configuration (.yaml). Without: a small one is written first."),
+    ] = None,
+    index: Annotated[int, typer.Option(help="Which sample.")] = 0,
+    token: Annotated[str | None, typer.Option(help="Which sample, by its token.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where the pictures go.")] = Path("out/inspect"),
+    open3d: Annotated[bool, typer.Option("--open3d", help="Open an interactive 3D view (extra: viz).")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Look at a sample: counts, ranges, warnings; bird's-eye view, cameras with boxes and points, occupancy as PNG."""
+    from perception.inspection import describe
+    from perception.tables import rows_table
+    from perception.visualize import write_pictures
+
+    dataset = _open(source, set_ or [])
+    i = _find(dataset.tokens, index, token)
+    sample, truth = dataset[i], dataset.truth(i)
+    out.print(f"{type(dataset).__name__}: {len(dataset):,} samples")
+    out.print(f"sample {i}, token {sample.token}, stamp {sample.stamp_ns} ns", highlight=False)
+    out.print(rows_table(describe(sample, truth)))
+    for path in write_pictures(folder, sample, truth):
+        out.print(f"wrote {path}")
+    if open3d:
+        from perception.view3d import show
+
+        show(sample, truth)
+
+
+@app.command("eval")
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="A configuration (.yaml) with dataset, predictor and benchmark.")],
+    data: Annotated[Path | None, typer.Option(help="The data set's root: --set dataset.root=...")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score these files (the benchmark's own format) instead of a predictor.")
+    ] = None,
+    subset: Annotated[bool, typer.Option("--subset", help="Score only the samples that the predictions have.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
+    device: DeviceOption = "cpu",
+    folder: Annotated[Path, typer.Option("--out", help="Where the result file goes.")] = Path("out/eval"),
+    set_: SetOption = None,
+) -> None:
+    """Score predictions by the benchmark's official rules, and write the numbers with all that made them."""
+    from perception.evaluation.result import write_result
+    from perception.evaluation.run import evaluate as run
+    from perception.evaluation.run import load_run_config
+    from perception.tables import score_table
+
+    run_config = load_run_config(config, ([f"dataset.root={data}"] if data else []) + (set_ or []))
+    score, result = run(
+        run_config, folder, predictions=predictions, subset=subset, limit=limit, device=device, progress=_progress
+    )
+    path = folder / f"{run_config.benchmark}.json"
+    write_result(path, result)
+    out.print(score_table(score))
+    if result.subset:
+        out.print(f"[yellow]a part of the split only: {result.samples} of {result.samples_of_split} samples[/]")
+    out.print(f"wrote {path}")
+
+
+@bench_app.command("sparse")
+def bench_sparse(
+    points: Annotated[Path | None, typer.Option(help="A nuScenes .pcd.bin. Without: a sample made here.")] = None,
+    device: DeviceOption = "cpu",
+    backend: Annotated[list[str] | None, typer.Option(help="torch or spconv. Repeatable. Without: what runs.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Forward and backward instead of inference.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs, after three to warm up.")] = 10,
+) -> None:
+    """Sparse convolution: the encoder of SECOND over one LiDAR cloud, by backend and number type."""
+    raise NotImplementedError
+
+
+def _open(source: Path | None, overrides: list[str]) -> Dataset:
+    """The data set at a root, of a configuration's `dataset` keys, or the small one that is written here."""
+    from perception.config import apply_override, read_yaml
+    from perception.datasets import dataset_config, detect_layout, open_dataset
+
+    if source is None:
+        raise NotImplementedError
+    if source.suffix in (".yaml", ".yml"):
+        data = read_yaml(source)
+        data = data.get("dataset", data)
+    else:
+        data = detect_layout(source)
+    for override in overrides:
+        apply_override(data, override.removeprefix("dataset."))
+    return open_dataset(dataset_config(data, str(source)))
+
+
+def _find(tokens: Sequence[str], index: int, token: str | None) -> int:
+    if token is not None:
+        if token in tokens:
+            return list(tokens).index(token)
+        near = difflib.get_close_matches(token, tokens, n=3, cutoff=0.3) or tokens[:3]
+        raise DataError(f"no sample with token {token!r} among {len(tokens):,}", f"near ones: {', '.join(near)}")
+    if not 0 <= index < len(tokens):
+        raise DataError(f"--index {index}: there are {len(tokens):,} samples", "count from 0")
+    return index
+
+
+def _progress(indices: Iterable[int], count: int) -> Iterable[int]:
+    return track(indices, description="samples", total=count, console=err, disable=not err.is_terminal)
+
+
+def main() -> None:
+    """Run the command line: what the user can mend is one message (exit 2), anything else is exit 1."""
+    debug = "--debug" in sys.argv
+    try:
+        app(args=[a for a in sys.argv[1:] if a != "--debug"], prog_name="perception")
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, PerceptionError):
+            err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise SystemExit(2) from None
+        err.print(f"[bold red]internal error:[/] {type(error).__name__}: {escape(str(error))}", soft_wrap=True)
+        err.print("  run the same command with --debug for the traceback, and please report it")
+        raise SystemExit(1) from None

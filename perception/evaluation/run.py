@@ -1,0 +1,236 @@
+"""One evaluation from configuration to result file: samples, predictions, the benchmark's own rules, provenance.
+
+Predictions come from a predictor, or from files that any method wrote in the benchmark's own format:
+
+* `nuscenes_detection`: the official results JSON;
+* `semantickitti`: a folder in the layout of a submission, `sequences/XX/predictions/NNNNNN.label`;
+* the nuScenes occupancies and OmniHD-Scenes: a folder in the layout of the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import SerializeAsAny
+
+from perception.config import Config, apply_override, read_yaml, validate
+from perception.datasets import dataset_config, open_dataset
+from perception.datasets.semantickitti_voxels import read_label_voxels
+from perception.errors import ConfigError, DataError
+from perception.evaluation.detection import DetectionScore, evaluate_detection
+from perception.evaluation.detection_results import Modalities, write_results
+from perception.evaluation.localization import LocalizationFrame, LocalizationScore, evaluate_localization
+from perception.evaluation.occupancy import BENCHMARKS, OccupancyEvaluator, OccupancyScore
+from perception.evaluation.result import Result, WeightsProvenance, make_result
+from perception.predictor import Predictor, load_predictor, predictor_config
+from perception.types import Boxes3D, Dataset, Localization, OccupancyGrid3D, Pose, Prediction
+
+Score = DetectionScore | OccupancyScore | LocalizationScore
+Progress = Callable[[Iterable[int], int], Iterable[int]]
+"""(indices, how many) -> the same indices, while something on screen moves."""
+
+
+class RunConfig(Config):
+    """What an evaluation is made of.
+
+    Attributes:
+        dataset: what is read.
+        predictor: None where predictions come from files.
+        benchmark: whose rules score.
+    """
+
+    dataset: SerializeAsAny[Config]
+    predictor: SerializeAsAny[Config] | None = None
+    benchmark: Literal[
+        "nuscenes_detection",
+        "semantickitti",
+        "openoccupancy",
+        "surroundocc",
+        "occ3d",
+        "occ3d_lidar",
+        "omnihd",
+        "localization",
+    ]
+
+
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The evaluation in a YAML file: sections `dataset` and `predictor` (each with `name`), and `benchmark`."""
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    for section, parse in (("dataset", dataset_config), ("predictor", predictor_config)):
+        if isinstance(data.get(section), dict):
+            data[section] = parse(data[section], str(path))
+    return validate(RunConfig, data, str(path))
+
+
+def evaluate(
+    config: RunConfig,
+    folder: Path,
+    *,
+    predictions: Path | None = None,
+    subset: bool = False,
+    limit: int | None = None,
+    device: str = "cpu",
+    progress: Progress = lambda indices, _: indices,
+) -> tuple[Score, Result]:
+    """Score a predictor, or the files at `predictions`, by the benchmark's rules.
+
+    Args:
+        config: data set, predictor and benchmark.
+        folder: where predictions are written that the official tools read from disk.
+        predictions: files of another method; None: the configured predictor runs.
+        subset: allow files that cover only a part of the split, and score that part.
+        limit: score only the first so many samples; the result says that it is a subset.
+        device: where the predictor and the counting run.
+        progress: wraps the loop over samples.
+
+    Raises:
+        ConfigError: neither a predictor nor predictions, or a data set that has no such benchmark.
+        DataError: predictions that do not fit the data set.
+    """
+    dataset = open_dataset(config.dataset)
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    predictor = _predictor(config, predictions, device, dataset)
+    indices = progress(range(count), count)
+    score: Score
+    if config.benchmark == "nuscenes_detection":
+        score = _detection(config, dataset, predictor, predictions, indices, folder, subset or count < len(dataset))
+        samples = score.samples
+    elif config.benchmark == "localization":
+        score, samples = evaluate_localization(_frames(dataset, predictor, indices)), count
+    else:
+        score = _occupancy(config, dataset, predictor, predictions, indices, device)
+        samples = score.frames
+    result = make_result(
+        config.benchmark,
+        score.metrics(),
+        samples=samples,
+        samples_of_split=len(dataset),
+        config=config,
+        weights=predictor.weights if predictor else WeightsProvenance.not_needed(f"predictions of {predictions}"),
+        device=device,
+    )
+    return score, result
+
+
+def _predictor(config: RunConfig, predictions: Path | None, device: str, dataset: Dataset) -> Predictor | None:
+    if predictions is not None:
+        return None
+    if config.predictor is None:
+        raise ConfigError(
+            f"{config.benchmark}: nothing to score: no predictor is configured and no predictions are given",
+            "--predictions FILE scores files; --set predictor.name=truth_echo proves the set-up with the truth itself",
+        )
+    return load_predictor(config.predictor, device, truths=dataset)
+
+
+def _detection(
+    config: RunConfig,
+    dataset: Dataset,
+    predictor: Predictor | None,
+    predictions: Path | None,
+    indices: Iterable[int],
+    folder: Path,
+    subset: bool,
+) -> DetectionScore:
+    from perception.datasets.nuscenes import NuScenes, NuScenesConfig
+
+    if not isinstance(dataset, NuScenes) or not isinstance(config.dataset, NuScenesConfig):
+        raise ConfigError(
+            f"nuscenes_detection scores nuScenes, not {type(dataset).__name__}", "set dataset.name to nuscenes"
+        )
+    if predictor is not None:
+        predictions = folder / "results_nusc.json"
+        write_results(predictions, _boxes(dataset, predictor, indices), Modalities.of(predictor.needs))
+    assert predictions is not None
+    root, version, split = config.dataset.root, config.dataset.version, config.dataset.split
+    if not isinstance(split, str):
+        raise ConfigError(f"dataset.split: {split} names scenes; the official scores are of a named split", "name one")
+    return evaluate_detection(predictions, root, version, split, subset=subset)
+
+
+def _boxes(dataset: Any, predictor: Predictor, indices: Iterable[int]) -> Iterator[tuple[str, Boxes3D, Pose]]:
+    for i in indices:
+        sample = dataset[i]
+        boxes = _expect(Boxes3D, predictor.predict(sample), "nuscenes_detection")
+        yield sample.token, boxes, dataset.map_from_ego(i)
+
+
+def _occupancy(
+    config: RunConfig,
+    dataset: Dataset,
+    predictor: Predictor | None,
+    predictions: Path | None,
+    indices: Iterable[int],
+    device: str,
+) -> OccupancyScore:
+    evaluator = OccupancyEvaluator(BENCHMARKS[config.benchmark], device)
+    written = _written_occupancy(config, predictions, dataset) if predictions is not None else None
+    for i in indices:
+        truth = dataset.truth(i)
+        if truth is None or truth.occupancy is None:
+            raise DataError(
+                f"{config.benchmark}: sample {dataset.tokens[i]} has no occupancy truth",
+                "choose a split that has it; for nuScenes set dataset.occupancy and dataset.occupancy_root",
+            )
+        if written is not None:
+            predicted = written(i)
+        else:
+            assert predictor is not None
+            predicted = _expect(OccupancyGrid3D, predictor.predict(dataset[i]), config.benchmark)
+        evaluator.update(predicted, truth.occupancy)
+    return evaluator.score()
+
+
+def _written_occupancy(config: RunConfig, root: Path, dataset: Dataset) -> Callable[[int], OccupancyGrid3D]:
+    """Reads the prediction of sample i from files in the benchmark's layout."""
+    from perception.datasets.semantickitti import SemanticKITTI
+
+    if isinstance(dataset, SemanticKITTI):
+        return lambda i: _submitted(root, dataset, i)
+    if "occupancy_root" not in type(config.dataset).model_fields:
+        raise ConfigError(f"{type(dataset).__name__} has no occupancy benchmark", "choose the benchmark's data set")
+    predicted = open_dataset(config.dataset.model_copy(update={"occupancy_root": root}))
+
+    def read(i: int) -> OccupancyGrid3D:
+        truth = predicted.truth(i)
+        if truth is None or truth.occupancy is None:
+            raise DataError(f"{root}: no prediction of sample {dataset.tokens[i]}", "predict every sample of the split")
+        return truth.occupancy
+
+    return read
+
+
+def _submitted(root: Path, dataset: Dataset, i: int) -> OccupancyGrid3D:
+    """The prediction of sample i from a folder in the layout of a SemanticKITTI submission, on the truth's grid."""
+    sequence, frame = dataset.tokens[i].split("/")
+    label = read_label_voxels(root / "sequences" / sequence / "predictions" / f"{frame}.label")
+    truth = dataset.truth(i)
+    if truth is None or truth.occupancy is None:
+        raise DataError(f"semantickitti: sample {dataset.tokens[i]} has no truth", "score sequences with voxel labels")
+    return replace(truth.occupancy, label=label, observed={})
+
+
+def _frames(dataset: Dataset, predictor: Predictor | None, indices: Iterable[int]) -> Iterator[LocalizationFrame]:
+    if predictor is None:
+        raise ConfigError("localization is scored from a predictor, not from files", "configure a predictor")
+    for i in indices:
+        truth, sample = dataset.truth(i), dataset[i]
+        if truth is None or truth.map_from_ego is None:
+            raise DataError(f"localization: sample {sample.token} has no true pose", "choose a split that has it")
+        sequence = dataset.scene_name(i) if hasattr(dataset, "scene_name") else ""
+        prediction = _expect(Localization, predictor.predict(sample), "localization")
+        yield LocalizationFrame(sample.stamp_ns, truth.map_from_ego, prediction, sequence)
+
+
+def _expect(kind: type[Any], prediction: Prediction, benchmark: str) -> Any:
+    if not isinstance(prediction, kind):
+        raise ConfigError(
+            f"{benchmark} scores {kind.__name__}, the predictor gives {type(prediction).__name__}",
+            "choose the benchmark of this predictor; truth_echo has predictor.output",
+        )
+    return prediction

@@ -1,0 +1,103 @@
+"""Predictors: one synchronised Sample in, one Prediction out.
+
+The command line, the ROS node and Python users call only this; networks and localization are reached through
+PREDICTORS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from perception.config import Config, schema_of, validate
+from perception.errors import ConfigError, DataError
+from perception.evaluation.result import WeightsProvenance
+from perception.types import IGNORE_LABEL, Dataset, Localization, Needs, Prediction, Sample
+
+PREDICTORS = {"truth_echo": "perception.predictor:TruthEcho"}
+"""Name in a configuration -> module:Class; the configuration of `Class` is `ClassConfig` beside it."""
+
+
+class Predictor(Protocol):
+    """What every system offers.
+
+    Attributes:
+        needs: what it reads of a sample.
+        weights: where its numbers come from; a result file records it.
+    """
+
+    needs: Needs
+    weights: WeightsProvenance
+
+    def predict(self, sample: Sample) -> Prediction:
+        """The prediction for one sample, in ego at the sample's stamp. An empty cloud gives an empty prediction."""
+        ...
+
+    def reset(self) -> None:
+        """Forget the past; called when the clock jumps."""
+        ...
+
+
+def predictor_config(data: Mapping[str, Any], where: str) -> Config:
+    """The configuration in the `predictor` keys of a file (`where`), of the class that its `name` asks for."""
+    return validate(schema_of(PREDICTORS, "predictor", data, where), data, where, "predictor.")
+
+
+def load_predictor(config: Config, device: torch.device | str = "cpu", truths: Dataset | None = None) -> Predictor:
+    """The predictor of a configuration, ready to predict on `device`.
+
+    Args:
+        config: as `predictor_config` gives it.
+        device: where a network runs.
+        truths: the data set whose truth `truth_echo` repeats; nothing else sees it.
+    """
+    if isinstance(config, TruthEchoConfig):
+        return TruthEcho(config, truths)
+    module, _, cls = PREDICTORS[config.name].partition(":")  # type: ignore[attr-defined]
+    predictor: Predictor = getattr(import_module(module), cls)(config, torch.device(device))
+    return predictor
+
+
+class TruthEchoConfig(Config):
+    """`truth_echo`: repeats the truth of a data set, to prove that reading, frames and scoring fit together."""
+
+    name: Literal["truth_echo"] = "truth_echo"
+    output: Literal["boxes", "occupancy", "pose"] = "boxes"
+
+
+class TruthEcho:
+    """Predicts what is true. Scored against itself, every benchmark gives its best number."""
+
+    needs = Needs()
+
+    def __init__(self, config: TruthEchoConfig, truths: Dataset | None) -> None:
+        if truths is None:
+            raise ConfigError("predictor truth_echo has no data set to repeat", "run it on a data set that has truth")
+        self.weights = WeightsProvenance.not_needed("truth_echo repeats the truth")
+        self._output = config.output
+        self._truths = truths
+        self._index = {token: i for i, token in enumerate(truths.tokens)}
+
+    def predict(self, sample: Sample) -> Prediction:
+        """The truth of the sample with this token; ignored voxels are free. DataError where there is none."""
+        truth = self._truths.truth(self._index[sample.token]) if sample.token in self._index else None
+        if truth is not None and self._output == "boxes" and truth.boxes is not None:
+            return truth.boxes
+        if truth is not None and self._output == "occupancy" and truth.occupancy is not None:
+            label = truth.occupancy.label
+            return replace(
+                truth.occupancy, label=np.where(label == IGNORE_LABEL, np.uint8(truth.occupancy.free_label), label)
+            )
+        if truth is not None and self._output == "pose" and truth.map_from_ego is not None:
+            return Localization(truth.map_from_ego, np.diag([1e-4] * 6), 0, "ok", sample.stamp_ns)
+        raise DataError(
+            f"sample {sample.token!r} has no true {self._output}", "choose a split, or an output, that has truth"
+        )
+
+    def reset(self) -> None:
+        """It remembers nothing."""
