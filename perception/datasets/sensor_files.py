@@ -77,7 +77,7 @@ def read_floats(path: Path, columns: int, source: str) -> Array:
 def write_floats(path: Path, columns: Sequence[Array]) -> None:
     """Write arrays of equal length, each (N,) or (N, C), side by side as rows of float32."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.concatenate([c.reshape(len(c), -1) for c in columns], 1).astype("<f4").tofile(path)
+    np.column_stack(columns).astype("<f4").tofile(path)
 
 
 def read_image(path: Path, source: str) -> Array:
