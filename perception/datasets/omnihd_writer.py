@@ -30,7 +30,7 @@ from perception.datasets.omnihd_layout import (
     doubled_intrinsic,
     row_of_motion,
 )
-from perception.datasets.sensor_files import write_floats, write_image
+from perception.datasets.sensor_files import check_single_sweep, write_floats, write_image
 from perception.errors import DataError
 from perception.types import Array, Boxes3D, CameraImage, PointCloud, Pose, Sample, Truth
 
@@ -105,8 +105,8 @@ class OmniHDWriter:
 
         Raises:
             ValueError: no clip was started, the LiDAR is missing or not at the sample's stamp, stamps are not in order
-                or not whole microseconds or of an earlier clip, a cloud has not the layout's fields, a calibration
-                changes within the clip, or a class has no place in the layout.
+                or not whole microseconds or of an earlier clip, a cloud is accumulated or lacks the layout's fields, a
+                calibration changes within the clip, or a class has no place in the layout.
         """
         boxes = truth.boxes if truth is not None else None
         annotations = None if boxes is None else _annotations(boxes, _token(sample.stamp_ns))
@@ -131,6 +131,9 @@ class OmniHDWriter:
                 f"OmniHDWriter: stamp {sample.stamp_ns} ns is not later than the last of clip {clip.name}, or is of an "
                 "earlier clip: a stamp names a frame among all clips"
             )
+        for kind, clouds in (("LiDAR", sample.lidars), ("radar", sample.radars)):
+            for role, cloud in clouds.items():
+                check_single_sweep(cloud, f"OmniHDWriter: {kind} {role}")
         frame: dict[str, Any] = {"token": token, "prev": clip.frames[-1]["token"] if clip.frames else "", "next": ""}
         frame |= {"timestamp": token, "is_key_frame": is_key, "lidar": {}, "cameras": {}, "radars": {}, "ego_pose": {}}
         self._write_lidar(clip, frame, lidar)
@@ -144,7 +147,8 @@ class OmniHDWriter:
         if clip.frames:
             clip.frames[-1]["next"] = token
         clip.frames.append(frame)
-        clip.keys += [token] * is_key
+        if is_key:
+            clip.keys.append(token)
         self._tokens.add(token)
         return token
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from perception.errors import ConfigError, DataError
-from perception.types import Array
+from perception.types import Array, PointCloud
 
 _MAX_ROWS = 4_000_000
 """More points than any sweep has; a larger file is not a sweep."""
@@ -72,6 +72,12 @@ def read_floats(path: Path, columns: int, source: str) -> Array:
             f"the file is damaged or of another layout; copy it again from {source}",
         )
     return rows
+
+
+def check_single_sweep(cloud: PointCloud, what: str) -> None:
+    """Raise ValueError for an accumulated cloud: a layout's file holds what one sensor saw in one sweep."""
+    if "sweep" in cloud.fields and cloud.fields["sweep"].any():
+        raise ValueError(f"{what} holds {int(cloud.fields['sweep'].max()) + 1} sweeps; give single ones to a writer")
 
 
 def write_floats(path: Path, columns: Sequence[Array]) -> None:

@@ -39,6 +39,7 @@ import numpy as np
 
 from perception.config import Config
 from perception.datasets.sensor_files import (
+    check_single_sweep,
     read_floats,
     read_image,
     read_text,
@@ -48,6 +49,7 @@ from perception.datasets.sensor_files import (
 )
 from perception.errors import DataError
 from perception.geometry import box_corners, project, transform_boxes, wrap_angle
+from perception.sweeps import accumulate
 from perception.types import Array, Boxes3D, CameraImage, PointCloud, Pose, Sample, Truth
 
 CLASSES = (
@@ -97,7 +99,10 @@ class ViewOfDelftConfig(Config):
 
 
 class ViewOfDelft:
-    """Frames of View-of-Delft as samples: LiDAR `top`, radar `front`, camera `front`. A token is a frame number.
+    """Frames of View-of-Delft as samples; a token is a frame number.
+
+    LiDAR `top`: `intensity`. Radar `front`: `rcs`, `radial_velocity`, `radial_velocity_comp`. Both carry `time_lag` and
+    `sweep`. Camera `front`. Boxes have no velocity.
 
     Raises:
         ConfigError: a role that the data set does not have.
@@ -225,7 +230,7 @@ def _read_calib(path: Path) -> tuple[Array, Pose]:
 
 def _read_lidar(path: Path, stamp_ns: int) -> PointCloud:
     rows = read_floats(path, 4, _SOURCE)
-    return PointCloud(rows[:, :3].copy(), {"intensity": rows[:, 3].copy()}, Pose.identity(), stamp_ns)
+    return accumulate([PointCloud(rows[:, :3].copy(), {"intensity": rows[:, 3].copy()}, Pose.identity(), stamp_ns)])
 
 
 def _read_radar(path: Path, ego_from_radar: Pose, stamp_ns: int) -> PointCloud:
@@ -342,8 +347,8 @@ class ViewOfDelftWriter:
         """Write one frame: LiDAR `top`, radar `front` and camera `front`; labels where the truth has boxes.
 
         Raises:
-            ValueError: no sequence was started, a sensor or a field is missing, the stamp is no new multiple of 0.1 s
-                below 10,000 s, or a class or track number has no place in the layout.
+            ValueError: no sequence was started, a sensor or a field is missing, the LiDAR's cloud is accumulated, the
+                stamp is no new multiple of 0.1 s below 10,000 s, or a class or track has no place in the layout.
         """
         if self._map_from_ego is None:
             raise ValueError("ViewOfDelftWriter: start_sequence comes before add_sample")
@@ -359,6 +364,7 @@ class ViewOfDelftWriter:
         if missing:
             raise ValueError(f"ViewOfDelftWriter: the sample at {sample.stamp_ns} ns has no {', '.join(missing)}")
         lidar, radar, image = sample.lidars["top"], sample.radars["front"], sample.cameras["front"]
+        check_single_sweep(lidar, "ViewOfDelftWriter: LiDAR top")
         token = self._new_token(sample.stamp_ns)
         map_from_ego = self._map_from_ego(sample.stamp_ns)
         if self._start_from_map is None:

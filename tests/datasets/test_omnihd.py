@@ -18,6 +18,7 @@ from perception.datasets import omnihd_occupancy
 from perception.datasets.omnihd import OmniHD, OmniHDConfig, OmniHDWriter
 from perception.datasets.omnihd_layout import CLASSES, doubled_intrinsic, halved_intrinsic
 from perception.errors import ConfigError, DataError
+from perception.sweeps import accumulate
 from perception.types import (
     Boxes3D,
     CameraImage,
@@ -576,6 +577,8 @@ def test_the_writer_refuses_what_the_layout_cannot_hold(tmp_path: Path) -> None:
         front = replace(front, ego_from_sensor=Pose.from_yaw(0.1) @ front.ego_from_sensor)
         with pytest.raises(ValueError, match=rf"radar2ego of radar_front changes within clip {CLIP}"):
             writer.add_sample(replace(moved, radars={"front": front}, cameras={}))
+        with pytest.raises(ValueError, match="radar front holds 2 sweeps; give single ones to a writer"):
+            writer.add_sample(replace(moved, radars={"front": accumulate([front, front])}, cameras={}))
         bare = replace(front, fields={"radial_velocity": front.field("radial_velocity")})
         with pytest.raises(ValueError, match="'power' is needed"):
             writer.add_sample(replace(moved, radars={"front": bare}, cameras={}))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from perception.datasets.view_of_delft import CLASSES, ViewOfDelft, ViewOfDelftConfig, ViewOfDelftWriter
 from perception.errors import ConfigError, DataError
 from perception.geometry import box_corners, points_in_boxes, project, transform_boxes
+from perception.sweeps import accumulate
 from perception.types import Boxes3D, CameraImage, Dataset, PointCloud, Pose, Sample, Truth
 
 STAMP_NS = 700_000_000
@@ -382,6 +383,9 @@ def test_the_writer_refuses_what_the_layout_cannot_hold(tmp_path: Path) -> None:
             writer.add_sample(Sample(STAMP_NS, sample.lidars))
         with pytest.raises(ValueError, match=r"700000001 ns is no new multiple of 0\.1 s"):
             writer.add_sample(Sample(STAMP_NS + 1, sample.lidars, sample.radars, sample.cameras))
+        twice = accumulate([sample.lidars["top"], sample.lidars["top"]])
+        with pytest.raises(ValueError, match="LiDAR top holds 2 sweeps; give single ones to a writer"):
+            writer.add_sample(Sample(STAMP_NS, {"top": twice}, sample.radars, sample.cameras))
         writer.add_sample(sample)
         with pytest.raises(ValueError, match="no new multiple"):
             writer.add_sample(sample)
