@@ -163,8 +163,9 @@ class Pose:
         return Pose(self.rotation @ other.rotation, self.rotation @ other.translation + self.translation)
 
     def apply(self, points: Array) -> Array:
-        """Points (..., 3), source frame to destination frame; computed in float64, returned in the input's dtype."""
-        return (points.astype(np.float64) @ self.rotation.T + self.translation).astype(points.dtype)
+        """Points (..., 3), source frame to destination frame; computed in float64, given in the input's float type."""
+        moved = points.astype(np.float64) @ self.rotation.T + self.translation
+        return moved.astype(points.dtype) if np.issubdtype(points.dtype, np.floating) else moved
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -398,9 +399,8 @@ class VoxelGrid:
 
     def index(self, xyz: Array) -> tuple[Array, Array]:
         """Points (N, 3) in the grid's frame -> voxel indices (N, 3) int64 and the mask (N,) of those inside."""
-        index = np.floor(
-            (xyz - np.asarray(self.min_corner, xyz.dtype)) / np.asarray(self.voxel_size, xyz.dtype)
-        ).astype(np.int64)
+        cell = np.floor((xyz - np.asarray(self.min_corner, xyz.dtype)) / np.asarray(self.voxel_size, xyz.dtype))
+        index = np.clip(cell, -(2**31), 2**31).astype(np.int64)  # a cast of what int64 cannot hold is undefined
         return index, ((index >= 0) & (index < self.shape)).all(1)
 
     def center(self, index: Array) -> Array:
