@@ -105,7 +105,7 @@ DETECTION_OF_CATEGORY = {
     "human.pedestrian.police_officer": "pedestrian",
     "movable_object.trafficcone": "traffic_cone",
 }
-"""Boxes of other categories belong to no detection class. The first category of a class is the one that is written."""
+"""Boxes of other categories belong to no detection class."""
 
 LIDARSEG_CLASSES = ("noise", *openoccupancy.CLASSES[1:])
 """The lidarseg challenge's classes; 0 gathers all that the challenge does not score."""

@@ -31,6 +31,7 @@ from perception.datasets.nuscenes_layout import (
     ATTRIBUTES,
     CATEGORIES,
     CHANNELS,
+    DETECTION_CLASSES,
     DETECTION_OF_CATEGORY,
     LIDARSEG_CLASSES,
     LIDARSEG_OF_CATEGORY,
@@ -52,6 +53,7 @@ from perception.types import IGNORE_LABEL, Array, Boxes3D, CameraImage, PointClo
 Record = dict[str, Any]
 """One record of a table; its keys are the schema's."""
 
+# Of several categories the first is the one that is written.
 _CATEGORY_OF_DETECTION = {label: category for category, label in reversed(DETECTION_OF_CATEGORY.items())}
 _CATEGORY_OF_LIDARSEG = {label: category for category, label in reversed(LIDARSEG_OF_CATEGORY.items())}
 _LIDARSEG_VALUE = np.array(
@@ -283,6 +285,8 @@ class NuScenesWriter:
     def _add_boxes(self, boxes: Boxes3D, sample: Sample, sample_token: str) -> None:
         scene = self._open_scene()
         map_from_ego = scene.map_from_ego(sample.stamp_ns)
+        if not len(boxes):
+            return
         if boxes.track_id is None:
             raise ValueError("boxes have no track_id; nuScenes links the annotations of an object")
         lidar_points = _counts(boxes.num_points, boxes, sample.lidars)
@@ -290,8 +294,8 @@ class NuScenesWriter:
         for m in range(len(boxes)):
             instance = _token_or_own(str(boxes.track_id[m]), "instance", scene.name)
             name = boxes.classes[boxes.label[m]]
-            if name not in _CATEGORY_OF_DETECTION:
-                raise ValueError(f"class {name!r} is none of {', '.join(_CATEGORY_OF_DETECTION)}")
+            if name not in DETECTION_CLASSES:
+                raise ValueError(f"class {name!r} is none of {', '.join(DETECTION_CLASSES)}")
             if scene.categories.setdefault(instance, name) != name:
                 raise ValueError(f"track {boxes.track_id[m]} is {name!r} and was {scene.categories[instance]!r}")
             attribute = "" if boxes.attribute is None else str(boxes.attribute[m])
