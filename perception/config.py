@@ -62,6 +62,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: no such configuration file", f"{path.parent} holds: {near or 'no .yaml file'}"
         ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {(error.strerror or str(error)).lower()}", "name a YAML file you may read"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}", "mend the file; configs/ holds working examples") from error
     if data is None:
