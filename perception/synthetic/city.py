@@ -1,0 +1,281 @@
+"""The synthetic city as a data set: scenes by seed, samples at key frames, every sensor's frames between them, truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from perception.config import Config
+from perception.synthetic.faults import Fault, degrade, weather_of
+from perception.synthetic.roads import SemanticMap
+from perception.synthetic.scene import Scene
+from perception.synthetic.sensors import RIGS, CameraSpec, Clock, LidarScan, Rig, Simulator
+from perception.synthetic.shading import Picture
+from perception.synthetic.truth import (
+    boxes,
+    observed_by_cameras,
+    observed_by_lidar,
+    occupancy,
+    occupancy_truth,
+    segmentation,
+    visible_share,
+)
+from perception.types import CameraImage, PointCloud, Pose, Sample, Truth, VoxelGrid
+
+KEY_PERIOD_S = 0.5
+FIRST_KEY_S = 1.0
+CAMERA_PERIOD_S = 1 / 12
+RADAR_PERIOD_S = 1 / 13
+
+
+class GridConfig(Config):
+    """Where occupancy truth is made; the defaults are Occ3D-nuScenes'. `frame`: whose axes the grid has."""
+
+    min_corner: tuple[float, float, float] = (-40.0, -40.0, -1.0)
+    voxel_size: tuple[float, float, float] = (0.4, 0.4, 0.4)
+    shape: tuple[int, int, int] = (200, 200, 16)
+    frame: Literal["ego", "lidar"] = "ego"
+
+
+class CityConfig(Config):
+    """A city. Scene k is made from `seed` + k alone; `scenes` of 20 s each hold 40 key frames, as nuScenes' do.
+
+    `image_size` (width, height): scaled by width from the rig's own, then cropped at the top; None keeps it.
+    """
+
+    name: Literal["city"] = "city"
+    seed: int = 0
+    scenes: int = Field(2, ge=1)
+    key_frames: int = Field(40, ge=1, le=200)
+    rig: Literal["nuscenes", "kitti", "omnihd"] = "nuscenes"
+    image_size: tuple[int, int] | None = (800, 450)
+    cameras: tuple[str, ...] | None = None
+    radars: tuple[str, ...] | None = None
+    sweeps: int = Field(1, ge=1, le=20)
+    taxonomy: Literal["nuscenes", "semantickitti", "omnihd"] = "nuscenes"
+    occupancy: GridConfig | None = GridConfig()
+    periodic_furniture: bool = False
+    faults: tuple[Fault, ...] = ()
+    supersample: int = Field(1, ge=1, le=4)
+    device: str = "cpu"
+
+
+class City:
+    """Implements perception.types.Dataset; samples are made when asked for, the same ones every time on one device."""
+
+    def __init__(self, config: CityConfig) -> None:
+        self.config = config
+        self.rig = _rig(config)
+        self.tokens = [f"{self.scene_name(s)}-{k:03d}" for s in range(config.scenes) for k in range(config.key_frames)]
+        self._simulator = lru_cache(maxsize=2)(self._build)
+        self._measured = lru_cache(maxsize=2)(self._measure)
+
+    def __reduce__(self) -> tuple:
+        return City, (self.config,)  # caches stay behind
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of a key frame, its faults included."""
+        return self._sample_and_truth(index)[0]
+
+    def truth(self, index: int) -> Truth:
+        return self._measured(index)[1]
+
+    def scene_of(self, index: int) -> int:
+        """The scene that a sample belongs to."""
+        return index // self.config.key_frames
+
+    def scene_name(self, scene: int) -> str:
+        return f"city-{self.config.seed + scene:04d}"
+
+    def key_stamps(self, scene: int) -> list[int]:
+        """Stamps of a scene's key frames, ns."""
+        clock = self._clock(scene)
+        return [clock.stamp(FIRST_KEY_S + k * KEY_PERIOD_S) for k in range(self.config.key_frames)]
+
+    def map_from_ego(self, scene: int) -> Callable[[int], Pose]:
+        """The true ego pose of a scene at any stamp between its first and last sensor frame."""
+        return self._simulator(scene).pose
+
+    def semantic_map(self, scene: int) -> SemanticMap:
+        return self._simulator(scene).scene.semantic_map
+
+    def simulator(self, scene: int) -> Simulator:
+        """The scene itself, for those who want more than samples."""
+        return self._simulator(scene)
+
+    def frames(self, scene: int, cameras: bool = True) -> Iterator[Sample]:
+        """Every sensor frame of a scene, key frames included, in stamp order: samples of one sensor each.
+
+        Each sample's stamp is its sensor's own. `cameras` False leaves the images out (they take most of the time).
+        """
+        sim, clock = self._simulator(scene), self._clock(scene)
+        end = FIRST_KEY_S + (self.config.key_frames - 1) * KEY_PERIOD_S
+        plan: list[tuple[int, str, int]] = []
+        for i, lidar in enumerate(self.rig.lidars):
+            count = int(end / lidar.period_s + 1e-6)
+            plan += [(clock.stamp(k * lidar.period_s), "lidar", i) for k in range(int(0.5 / lidar.period_s), count + 1)]
+        for i in range(len(self.rig.cameras) if cameras else 0):
+            offset = FIRST_KEY_S - self._camera_lag(self.rig.cameras[i])
+            count = int(round((end - FIRST_KEY_S) / CAMERA_PERIOD_S))
+            plan += [(clock.stamp(offset + k * CAMERA_PERIOD_S), "camera", i) for k in range(count + 1)]
+        for i in range(len(self.rig.radars)):
+            ticks = range(int(0.5 / RADAR_PERIOD_S), int(end / RADAR_PERIOD_S) + 1)
+            plan += [(clock.stamp(k * RADAR_PERIOD_S + _radar_phase(i)), "radar", i) for k in ticks
+                     if k * RADAR_PERIOD_S + _radar_phase(i) <= end]  # fmt: skip
+        for stamp, kind, i in sorted(plan):
+            if kind == "lidar":
+                lidar = self.rig.lidars[i]
+                yield Sample(stamp, lidars={lidar.role: sim.scan(lidar, [stamp], stamp)[0].cloud})
+            elif kind == "camera":
+                camera = self.rig.cameras[i]
+                yield Sample(stamp, cameras={camera.role: sim.expose([camera], [stamp], stamp)[camera.role][0]})
+            else:
+                radar = self.rig.radars[i]
+                yield Sample(stamp, radars={radar.role: sim.detect(radar, stamp, stamp)})
+
+    def _clock(self, scene: int) -> Clock:
+        return Clock((1_600_000_000 + 1000 * (self.config.seed + scene)) * 1_000_000_000)
+
+    def _camera_lag(self, camera: CameraSpec) -> float:
+        """Seconds before a key frame's stamp at which its image is taken: when the LiDAR looks its way."""
+        return self.rig.lidars[0].time_of(camera.azimuth) if self.rig.lidars else 0.0
+
+    def _build(self, scene: int) -> Simulator:
+        config = self.config
+        duration = FIRST_KEY_S + config.key_frames * KEY_PERIOD_S + 0.5
+        town = Scene.build(config.seed + scene, duration, config.periodic_furniture)
+        return Simulator(
+            town,
+            self.rig,
+            self._clock(scene),
+            config.device,
+            config.seed + scene,
+            weather_of(config.faults),
+            config.supersample,
+        )
+
+    def _sample_and_truth(self, index: int) -> tuple[Sample, Truth]:
+        sample, truth = self._measured(index)
+        scene, k = divmod(index, self.config.key_frames)
+        for fault in self.config.faults:
+            sample = degrade(sample, fault, lambda camera, lag: self._late_image(scene, k, camera, lag))
+        return sample, truth
+
+    def _late_image(self, scene: int, k: int, role: str, lag_s: float) -> CameraImage:
+        """The image that a camera took `lag_s` before the one that belongs to key frame k."""
+        sim, stamp = self._simulator(scene), self.key_stamps(scene)[k]
+        camera = next(c for c in self.rig.cameras if c.role == role)
+        taken = stamp - round((self._camera_lag(camera) + lag_s) * 1e6) * 1000
+        return sim.expose([camera], [taken], stamp)[role][0]
+
+    def _measure(self, index: int) -> tuple[Sample, Truth]:
+        """A key frame's sample, without faults of single sensors, and its truth."""
+        scene, k = divmod(index, self.config.key_frames)
+        sim, stamps, config = self._simulator(scene), self.key_stamps(scene), self.config
+        stamp = stamps[k]
+        scans: dict[str, list[LidarScan]] = {}
+        for lidar in self.rig.lidars:
+            period = round(lidar.period_s * 1e9)
+            scans[lidar.role] = sim.scan(lidar, [stamp - i * period for i in range(config.sweeps)], stamp)
+        taken = [stamp - round(self._camera_lag(c) * 1e6) * 1000 for c in self.rig.cameras]
+        pictures = sim.expose(list(self.rig.cameras), taken, stamp) if self.rig.cameras else {}
+        radars = {
+            radar.role: sim.detect(radar, self._radar_stamp(scene, stamp, i), stamp)
+            for i, radar in enumerate(self.rig.radars)
+        }
+        previous = stamps[k - 1] if k else stamp - round(KEY_PERIOD_S * 1e9)
+        sample = Sample(
+            stamp,
+            {role: _accumulated(group) for role, group in scans.items()},
+            radars,
+            {role: image for role, (image, _) in pictures.items()},
+            odom_from_ego=sim.odom_from_ego(stamp),
+            imu=sim.inertial(previous, stamp),
+            odometry=sim.odometry(previous, stamp),
+            gnss=sim.fix(stamp),
+            token=self.tokens[index],
+        )
+        return sample, self._truth(sim, stamp, stamps, scans, pictures, radars)
+
+    def _truth(
+        self, sim: Simulator, stamp: int, stamps: list[int], scans: dict[str, list[LidarScan]],
+        pictures: dict[str, tuple[CameraImage, Picture]], radars: dict[str, PointCloud],
+    ) -> Truth:  # fmt: skip
+        config, ego = self.config, sim.pose(stamp)
+        solids = sim.scene.solids([sim.clock.seconds(stamp)], sim.device)
+        share = (
+            visible_share(solids, list(pictures.values()), ego, len(sim.scene.agents) + 1)
+            if len(pictures) > 1
+            else None
+        )
+        key_scans = {role: group[0] for role, group in scans.items()}
+        grid_truth = None
+        if config.occupancy is not None:
+            shape = config.occupancy
+            frame = self.rig.lidars[0].ego_from_lidar if shape.frame == "lidar" else Pose.identity()
+            grid = VoxelGrid(shape.min_corner, shape.voxel_size, shape.shape, frame)
+            grid_truth = self.occupancy(sim, stamp, grid, key_scans, pictures)
+        return Truth(
+            boxes(sim, stamp, stamps, [s.cloud for s in key_scans.values()], list(radars.values()), share),
+            grid_truth,
+            ego,
+            {role: segmentation(s.label, s.agent, config.taxonomy) for role, s in key_scans.items()},
+            {role: _finite(p.distance.cpu().numpy()) for role, (_, p) in pictures.items()},
+            {
+                role: segmentation(p.label.cpu().numpy(), p.agent.cpu().numpy(), config.taxonomy)
+                for role, (_, p) in pictures.items()
+            },
+        )
+
+    def occupancy(
+        self, sim: Simulator, stamp: int, grid: VoxelGrid, scans: dict[str, LidarScan],
+        pictures: dict[str, tuple[CameraImage, Picture]],
+    ):  # fmt: skip
+        """Occupancy truth at any grid, in the configured taxonomy."""
+        solids = sim.scene.solids([sim.clock.seconds(stamp)], sim.device)
+        label = occupancy(sim.scene, sim.ground, solids, sim.pose(stamp), grid, sim.chunk)
+        observed = {}
+        for lidar in self.rig.lidars[:1]:
+            observed["lidar"] = observed_by_lidar(grid, lidar, scans[lidar.role], sim.device)
+        if pictures:
+            observed["camera"] = observed_by_cameras(grid, list(pictures.values()), sim.device)
+        return occupancy_truth(label, grid, self.config.taxonomy, stamp, observed)
+
+    def _radar_stamp(self, scene: int, stamp: int, i: int) -> int:
+        """The last frame of radar i before a stamp."""
+        clock = self._clock(scene)
+        tick = int((clock.seconds(stamp) - _radar_phase(i)) / RADAR_PERIOD_S)
+        return clock.stamp(tick * RADAR_PERIOD_S + _radar_phase(i))
+
+
+def _radar_phase(i: int) -> float:
+    return 0.011 * i
+
+
+def _rig(config: CityConfig) -> Rig:
+    rig = RIGS[config.rig]
+    cameras = [c for c in rig.cameras if config.cameras is None or c.role in config.cameras]
+    if config.image_size is not None:
+        cameras = [c.resized(*config.image_size) for c in cameras]
+    radars = tuple(r for r in rig.radars if config.radars is None or r.role in config.radars)
+    return Rig(rig.name, rig.lidars, tuple(cameras), radars)
+
+
+def _accumulated(scans: list[LidarScan]) -> PointCloud:
+    if len(scans) == 1:
+        return scans[0].cloud
+    from perception.sweeps import accumulate
+
+    return accumulate([s.cloud for s in scans])
+
+
+def _finite(depth: np.ndarray) -> np.ndarray:
+    """Depth with 0 where there is none (the sky)."""
+    return np.where(np.isfinite(depth), depth, 0).astype(np.float32)

@@ -1,0 +1,317 @@
+"""What is true of a sample: boxes, the labels of points and pixels, occupancy and what of it could be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perception.geometry import points_in_boxes
+from perception.synthetic.labels import (
+    DETECTION_CLASSES,
+    NUSCENES_CLASSES,
+    NUSCENES_LABEL,
+    OMNIHD_CLASSES,
+    OMNIHD_LABEL,
+    SEMANTICKITTI_CLASSES,
+    SEMANTICKITTI_LABEL,
+    Label,
+)
+from perception.synthetic.primitives import HEXAHEDRON, Solids
+from perception.synthetic.roads import Ground
+from perception.synthetic.scene import Scene
+from perception.synthetic.sensors import LidarScan, LidarSpec, Simulator
+from perception.synthetic.shading import Picture, ground_label
+from perception.types import (
+    IGNORE_LABEL,
+    Array,
+    Boxes3D,
+    CameraImage,
+    OccupancyGrid3D,
+    PointCloud,
+    Pose,
+    Segmentation,
+    VoxelGrid,
+)
+
+TAXONOMIES: dict[str, tuple[tuple[str, ...], Array, int]] = {
+    "nuscenes": (NUSCENES_CLASSES, NUSCENES_LABEL, 17),
+    "semantickitti": (SEMANTICKITTI_CLASSES, SEMANTICKITTI_LABEL, 0),
+    "omnihd": (OMNIHD_CLASSES, OMNIHD_LABEL, 0),
+}
+"""Name -> classes, Label -> class, and the class of free voxels."""
+
+ANNOTATED_M = 75.0
+_VEHICLES = {Label.CAR, Label.TRUCK, Label.CONSTRUCTION_VEHICLE, Label.BUS, Label.TRAILER}
+
+
+def segmentation(label: Array, agent: Array, taxonomy: str) -> Segmentation:
+    """Labels of the city as a benchmark's; IGNORE_LABEL (the sky) stays. Free is no class of points."""
+    classes, table, _ = TAXONOMIES[taxonomy]
+    known = label != IGNORE_LABEL
+    mapped = np.where(known, table[np.where(known, label, 0)], IGNORE_LABEL).astype(np.uint8)
+    return Segmentation(
+        mapped, tuple(c for c in classes if c != "free" or taxonomy == "omnihd"), agent.astype(np.uint16)
+    )
+
+
+def boxes(
+    sim: Simulator, stamp_ns: int, key_stamps_ns: Sequence[int], clouds: Sequence[PointCloud],
+    radars: Sequence[PointCloud], share: Array | None,
+) -> Boxes3D:  # fmt: skip
+    """All agents within ANNOTATED_M of ego, in ego at the stamp.
+
+    Velocities are differences between neighbouring key frames, as nuScenes' are; a box that only one key frame shows
+    has none (NaN). `share` (A + 1,) is the visible part of every agent, None where no camera looked.
+    """
+    scene, k = sim.scene, key_stamps_ns.index(stamp_ns)
+    around = {j: _place(sim, key_stamps_ns[j]) for j in (k - 1, k, k + 1) if 0 <= j < len(key_stamps_ns)}
+    center, yaw, near = around[k]
+    index = np.flatnonzero(near)
+    velocity = np.full((len(index), 2), np.nan)
+    for row, a in enumerate(index):
+        seen = [j for j, (_, _, shown) in around.items() if shown[a]]
+        if len(seen) > 1:
+            first, last = min(seen), max(seen)
+            span = (key_stamps_ns[last] - key_stamps_ns[first]) * 1e-9
+            velocity[row] = (around[last][0][a] - around[first][0][a])[:2] / span
+    ego = sim.pose(stamp_ns)
+    back = ego.inverse()
+    heading = np.stack([np.cos(yaw[index]), np.sin(yaw[index]), np.zeros(len(index))], -1) @ back.rotation.T
+    turned = np.concatenate([velocity, np.zeros((len(index), 1))], 1) @ back.rotation.T
+    agents = [scene.agents[a] for a in index]
+    result = Boxes3D(
+        back.apply(center[index]),
+        np.array([a.size for a in agents]).reshape(-1, 3),
+        np.arctan2(heading[:, 1], heading[:, 0]),
+        turned[:, :2],
+        np.ones(len(index)),
+        np.array([int(a.label) for a in agents], np.int64),
+        DETECTION_CLASSES,
+        stamp_ns,
+        attribute=np.array(
+            [_attribute(a.label, a.ridden, v) for a, v in zip(agents, np.hypot(*velocity.T), strict=True)], np.str_
+        ),
+        track_id=np.array([f"{sim.seed:04d}-{a:04d}" for a in index], np.str_),
+        visibility=_levels(share, index),
+    )
+
+    def count(group: Sequence[PointCloud]) -> Array:
+        return sum((points_in_boxes(c.xyz_ego(), result).sum(1) for c in group), np.zeros(len(result), np.int64))
+
+    return Boxes3D(
+        result.center, result.size, result.yaw, result.velocity, result.score, result.label, result.classes, stamp_ns,
+        result.attribute, result.track_id, count(clouds), count(radars), result.visibility,
+    )  # fmt: skip
+
+
+def _place(sim: Simulator, stamp_ns: int) -> tuple[Array, Array, Array]:
+    """Of all agents at a stamp: box centres (A, 3) in the map, yaws (A,), and which are annotated (never the ego)."""
+    scene = sim.scene
+    rotation, translation, _ = scene.agent_poses(sim.clock.seconds(stamp_ns))
+    height = np.array([a.size[2] for a in scene.agents])
+    center = translation[1:] + np.stack([0 * height, 0 * height, height / 2 - 0.01], -1)
+    yaw = np.arctan2(rotation[1:, 1, 0], rotation[1:, 0, 0])
+    near = np.linalg.norm(center[:, :2] - sim.pose(stamp_ns).translation[:2], axis=1) < ANNOTATED_M
+    near[0] = False
+    return center, yaw, near
+
+
+def _attribute(label: Label, ridden: bool, speed: float) -> str:
+    moving = bool(speed > 0.3)
+    if label in _VEHICLES:
+        return "vehicle.moving" if moving else ("vehicle.stopped" if ridden else "vehicle.parked")
+    if label in (Label.BICYCLE, Label.MOTORCYCLE):
+        return "cycle.with_rider" if ridden else "cycle.without_rider"
+    if label == Label.PEDESTRIAN:
+        return "pedestrian.moving" if moving else "pedestrian.standing"
+    return ""
+
+
+def _levels(share: Array | None, index: Array) -> Array:
+    """nuScenes' visibility levels: 1 below 40 %, 2 below 60 %, 3 below 80 %, 4; 0 unknown."""
+    if share is None:
+        return np.zeros(len(index), np.int64)
+    return (1 + np.searchsorted([0.4, 0.6, 0.8], share[index + 1], side="right")).astype(np.int64)
+
+
+def visible_share(
+    solids: Solids, pictures: Sequence[tuple[CameraImage, Picture]], map_from_ego: Pose, count: int
+) -> Array:
+    """(count,) part of each agent that the cameras together see: nine points on each of its solids, by instance."""
+    device = solids.half.device
+    chosen = (solids.agent > 0).nonzero()[:, 0]
+    offset = torch.tensor(
+        [[x, y, z] for x in (-0.6, 0.0, 0.6) for y in (-0.6, 0.6) for z in (-0.5, 0.5)], device=device
+    )
+    local = solids.half[chosen, None] * offset
+    point = (solids.rotation[0, chosen][:, None] * local[:, :, None]).sum(-1) + solids.center[0, chosen, None]
+    point = point.reshape(-1, 3).double()
+    agent = solids.agent[chosen].repeat_interleave(len(offset))
+    seen = torch.zeros(len(point), dtype=torch.bool, device=device)
+    for image, picture in pictures:
+        camera = (map_from_ego @ image.ego_from_camera).inverse()
+        pixel, _, inside = _project(point, camera, image, device)
+        seen |= inside & (picture.agent[pixel[:, 1], pixel[:, 0]] == agent)
+    total = torch.bincount(agent, minlength=count)
+    return (torch.bincount(agent[seen], minlength=count) / total.clamp_min(1)).cpu().numpy()
+
+
+def _project(
+    point: Tensor, camera_from_point: Pose, image: CameraImage, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Nearest pixels (N, 2) (0 where outside), depths (N,) and which points (N, 3) float64 lie inside the image."""
+    rotation, shift = (
+        torch.tensor(x, device=device) for x in (camera_from_point.rotation, camera_from_point.translation)
+    )
+    local = point @ rotation.T + shift
+    uvw = local @ torch.tensor(image.intrinsic, device=device).T
+    pixel = (uvw[:, :2] / uvw[:, 2:].clamp_min(1e-3)).round().clamp(-2, 1e5).long()
+    height, width = image.rgb.shape[:2]
+    inside = (local[:, 2] > 0.1) & (pixel >= 0).all(1) & (pixel[:, 0] < width) & (pixel[:, 1] < height)
+    return pixel * inside[:, None], local[:, 2], inside
+
+
+# What wins a voxel that several things share: small and thin before large, objects before ground.
+_RANK = np.full(25, 40, np.int64)
+_RANK[[Label.PEDESTRIAN, Label.TRAFFIC_CONE, Label.BICYCLE, Label.BICYCLIST, Label.MOTORCYCLE, Label.MOTORCYCLIST]] = 10
+_RANK[[Label.CAR, Label.TRUCK, Label.BUS, Label.TRAILER, Label.CONSTRUCTION_VEHICLE, Label.BARRIER]] = 12
+_RANK[[Label.POLE, Label.SIGN, Label.TRUNK]] = 20
+_RANK[[Label.FOLIAGE]] = 45
+
+
+def occupancy(scene: Scene, ground: Ground, solids: Solids, map_from_ego: Pose, grid: VoxelGrid, chunk: int) -> Tensor:
+    """(X, Y, Z) uint8 Label of every voxel, 255 free: solids that reach into a voxel, else the ground within it.
+
+    Solids are tested by the separating axes that are their own, a little shrunk so that a voxel is not theirs for a
+    brush; the insides of buildings stay free, as no sensor ever fills them.
+    """
+    device = solids.half.device
+    map_from_grid = map_from_ego @ grid.ego_from_grid
+    turn = torch.tensor(map_from_grid.rotation, dtype=torch.float32, device=device)
+    shift = torch.tensor(map_from_grid.translation, dtype=torch.float32, device=device)
+    size, low = (torch.tensor(x, dtype=torch.float32, device=device) for x in (grid.voxel_size, grid.min_corner))
+    shape = torch.tensor(grid.shape, device=device)
+    rank = torch.tensor(_RANK, device=device)
+    best = torch.full((int(np.prod(grid.shape)),), 1 << 20, dtype=torch.int64, device=device)
+
+    rotation = turn.T @ solids.rotation[0]  # (P, 3, 3) grid_from_part
+    center = (solids.center[0] - shift) @ turn
+    reach = (rotation.abs() * solids.half[:, None]).sum(-1) * 1.15
+    first = ((center - reach - low) / size).floor().long().clamp_min(0)
+    last = torch.minimum(((center + reach - low) / size).floor().long(), shape - 1)
+    span = last - first + 1
+    part = ((span > 0).all(1) & (solids.label != Label.EGO)).nonzero()[:, 0]
+    end = span[part].prod(1).cumsum(0)
+    total = int(end[-1]) if len(end) else 0
+    for start in range(0, total, chunk):
+        pair = torch.arange(start, min(start + chunk, total), device=device)
+        item = torch.searchsorted(end, pair, right=True)
+        p = part[item]
+        within = pair - (end[item] - span[p].prod(1))
+        nz, ny = span[p, 2], span[p, 1]
+        voxel = first[p] + torch.stack([within // (ny * nz), within // nz % ny, within % nz], 1)
+        offset = low + (voxel + 0.5) * size - center[p]
+        local = (offset[:, :, None] * rotation[p]).sum(1)
+        slack = (rotation[p].abs() * size[None, :, None]).sum(1) / 2
+        keep = _reaches(solids, p, local, slack, float(size.max()))
+        voxel, p = voxel[keep], p[keep]
+        key = (rank[solids.label[p].long()] << 8) | solids.label[p].long()
+        best.scatter_reduce_(0, (voxel[:, 0] * shape[1] + voxel[:, 1]) * shape[2] + voxel[:, 2], key, "amin")
+    _ground_voxels(best, ground, turn, shift, low, size, shape)
+    return torch.where(best < 1 << 20, best & 0xFF, IGNORE_LABEL).to(torch.uint8).view(*grid.shape)
+
+
+def _reaches(solids: Solids, p: Tensor, local: Tensor, slack: Tensor, voxel_m: float) -> Tensor:
+    """Does part p reach into the voxel about `local` (N, 3), whose half extents along the part's axes are `slack`?"""
+    half, form = solids.half[p], solids.form[p]
+    grown = half + slack * 0.75
+    a, b = form[:, 0] / (2 * half[:, 2]), form[:, 1] / (2 * half[:, 2])
+    s = form[:, 2] / (4 * half[:, 2])
+    x, y, z = local.unbind(1)
+    level = z.clamp(-half[:, 2], half[:, 2])
+    hexahedron = (
+        (z.abs() <= grown[:, 2])
+        & (x + a * level <= grown[:, 0] - form[:, 0] / 2)
+        & (b * level - x <= grown[:, 0] - form[:, 1] / 2)
+        & (y.abs() + s * level <= grown[:, 1] - form[:, 2] / 4)
+    )
+    u = local / grown
+    quadric = (u[:, 2].abs() <= 1) & (
+        u[:, 0] ** 2 + u[:, 1] ** 2 + form[:, 0] * u[:, 2] ** 2 <= (form[:, 1] + form[:, 2] * u[:, 2]) ** 2
+    )
+    inner = (solids.label[p] == Label.BUILDING) & (local.abs() < half - 0.9 * slack - 0.3 * voxel_m).all(1)
+    return torch.where(solids.kind[p] == HEXAHEDRON, hexahedron, quadric) & ~inner
+
+
+def _ground_voxels(
+    best: Tensor, ground: Ground, turn: Tensor, shift: Tensor, low: Tensor, size: Tensor, shape: Tensor
+) -> None:
+    """Lower `best` to the ground's label where the ground passes; a column's middle decides, its rim fills gaps."""
+    device = best.device
+    column = torch.cartesian_prod(*(torch.arange(int(n), device=device) for n in shape[:2]))
+    for k, (dx, dy) in enumerate([(0.5, 0.5), (0.1, 0.1), (0.1, 0.9), (0.9, 0.1), (0.9, 0.9)]):
+        xy = low[:2] + (column + torch.tensor([dx, dy], device=device)) * size[:2]
+        point = torch.cat([xy, torch.zeros_like(xy[:, :1])], 1)
+        for _ in range(3):
+            place = point @ turn.T + shift
+            point[:, 2] += ground.height(place[:, :2]) - place[:, 2]
+        z = ((point[:, 2] - low[2]) / size[2]).floor().long()
+        inside = (z >= 0) & (z < shape[2])
+        key = ((60 + k) << 8) | ground_label(ground, (point @ turn.T + shift)[:, :2]).long()
+        flat = (column[:, 0] * shape[1] + column[:, 1]) * shape[2] + z
+        best.scatter_reduce_(0, flat[inside], key[inside], "amin")
+
+
+def observed_by_lidar(grid: VoxelGrid, spec: LidarSpec, scan: LidarScan, device: torch.device) -> Tensor:
+    """(X, Y, Z) bool: voxels between the LiDAR and what its beams met, by comparison with its range image."""
+    point, margin = _voxels(grid, scan.cloud.ego_from_sensor, device)
+    distance = point.norm(dim=1)
+    elevation = torch.asin((point[:, 2] / distance.clamp_min(1e-3)).clamp(-1, 1))
+    beams = torch.tensor(np.radians(spec.elevation_deg), device=device, dtype=point.dtype)
+    row = (torch.searchsorted(beams, elevation) - 1).clamp(0, len(beams) - 2)
+    row = row + (elevation - beams[row] > beams[row + 1] - elevation).long()
+    gap = float((beams[1:] - beams[:-1]).max())
+    turned = np.radians(spec.first_azimuth_deg) - torch.atan2(point[:, 1], point[:, 0])
+    column = torch.remainder(turned / (2 * np.pi) * spec.columns, spec.columns).long() % spec.columns
+    met = torch.tensor(scan.range_image, device=device)[row, column]
+    near_beam = (elevation - beams[row]).abs() < torch.maximum(margin / distance, elevation.new_tensor(0.55 * gap))
+    return (near_beam & (distance < met + margin) & (distance < spec.reach_m)).view(*grid.shape)
+
+
+def observed_by_cameras(
+    grid: VoxelGrid, pictures: Sequence[tuple[CameraImage, Picture]], device: torch.device
+) -> Tensor:
+    """(X, Y, Z) bool: voxels in an image and not behind what it shows."""
+    seen = torch.zeros(int(np.prod(grid.shape)), dtype=torch.bool, device=device)
+    point, margin = _voxels(grid, Pose.identity(), device)
+    for image, picture in pictures:
+        pixel, depth, inside = _project(point, image.ego_from_camera.inverse(), image, device)
+        seen |= inside & (depth < picture.distance[pixel[:, 1], pixel[:, 0]] + margin)
+    return seen.view(*grid.shape)
+
+
+def _voxels(grid: VoxelGrid, ego_from_sensor: Pose, device: torch.device) -> tuple[Tensor, float]:
+    """Centres (X * Y * Z, 3) float64 in a sensor's frame, and half a voxel's diagonal."""
+    axes = [torch.arange(n, device=device, dtype=torch.float64) for n in grid.shape]
+    center = (torch.cartesian_prod(*axes) + 0.5) * torch.tensor(grid.voxel_size, device=device, dtype=torch.float64)
+    center = center + torch.tensor(grid.min_corner, device=device, dtype=torch.float64)
+    pose = ego_from_sensor.inverse() @ grid.ego_from_grid
+    local = center @ torch.tensor(pose.rotation.T, device=device) + torch.tensor(pose.translation, device=device)
+    return local, 0.5 * float(np.linalg.norm(grid.voxel_size))
+
+
+def occupancy_truth(
+    label: Tensor, grid: VoxelGrid, taxonomy: str, stamp_ns: int, observed: Mapping[str, Tensor]
+) -> OccupancyGrid3D:
+    """A benchmark's occupancy from the city's labels (X, Y, Z)."""
+    classes, table, free = TAXONOMIES[taxonomy]
+    lookup = torch.full((256,), free, dtype=torch.uint8, device=label.device)
+    lookup[: len(table)] = torch.tensor(table, device=label.device)
+    mapped = lookup[label.long()]
+    if taxonomy == "nuscenes":  # "noise" is no class of voxels
+        mapped = torch.where(mapped == 0, free, mapped)
+    seen = {name: mask.cpu().numpy() for name, mask in observed.items()}
+    return OccupancyGrid3D(grid, mapped.cpu().numpy(), classes, free, stamp_ns, None, seen)
