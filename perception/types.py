@@ -631,3 +631,7 @@ class Dataset(Protocol):
     def truth(self, i: int) -> Truth | None:
         """The truth of sample i, None where the data set has none (a test split)."""
         ...
+
+    def scene_name(self, i: int) -> str:
+        """The drive that sample i belongs to: samples of one scene follow each other in time."""
+        ...

@@ -85,6 +85,10 @@ class Mmdet3dInfos:
         cloud = PointCloud(xyz, fields, ego_from_lidar, stamp_ns)
         return Sample(stamp_ns, lidars={role_of(ANCHOR_CHANNEL): cloud}, cameras=cameras, token=self.tokens[i])
 
+    def scene_name(self, i: int) -> str:
+        """Empty: the file does not name scenes."""
+        return ""
+
     def truth(self, i: int) -> Truth | None:
         """Boxes and pose; None where the infos have no `instances` (the test split)."""
         info = self._infos[i]

@@ -84,6 +84,7 @@ class OmniHDConfig(Config):
         sweeps: frames accumulated into each cloud, the key frame included; the benchmark's radars use 3.
         lidars, cameras, radars: roles to read; None is all of them, () none.
         occupancy: read the occupancy truth, which is a download of its own.
+        occupancy_root: the folder that holds it, clip by clip; None is `root`.
     """
 
     name: Literal["omnihd"] = "omnihd"
@@ -96,6 +97,7 @@ class OmniHDConfig(Config):
     cameras: tuple[str, ...] | None = None
     radars: tuple[str, ...] | None = None
     occupancy: bool = False
+    occupancy_root: Path | None = None
 
 
 class OmniHD:
@@ -159,13 +161,18 @@ class OmniHD:
         occupancy = None
         if self.config.occupancy:
             lidar_file = self._index.frames.file[frame, _COLUMN[LIDAR]].decode()
-            path = omnihd_occupancy.file_path(self.config.root, lidar_file)
+            path = omnihd_occupancy.file_path(self.config.occupancy_root or self.config.root, lidar_file)
             occupancy = omnihd_occupancy.read(path, int(self._index.frames.stamp_us[frame]) * 1000)
         return Truth(boxes, occupancy, self.map_from_ego(i))
 
     def map_from_ego(self, i: int) -> Pose:
         """Ego in the clip's map at the sample's stamp."""
         return self._map_from_ego(int(self._index.sample_frame[i]), LIDAR)
+
+    def scene_name(self, i: int) -> str:
+        """The clip, named by its first stamp in microseconds."""
+        first = np.searchsorted(self._index.frames.clip, self._index.frames.clip[self._index.sample_frame[i]])
+        return str(int(self._index.frames.stamp_us[first]))
 
     def _pose_row(self, frame: int, sensor: Sensor) -> int:
         """The pose at a sensor's stamp; of a camera that has none, the LiDAR's, as in the development kit."""

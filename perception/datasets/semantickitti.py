@@ -188,6 +188,10 @@ class SemanticKITTI:
             return None
         return Truth(occupancy=occupancy, map_from_ego=map_from_ego, point_label=point_label)
 
+    def scene_name(self, i: int) -> str:
+        """The sequence, such as "08"."""
+        return self._index[i][0].name
+
     def input_voxels(self, i: int) -> Array:
         """(256, 256, 32) bool: the official input volume of sample i, in the grid of its occupancy."""
         sequence, frame = self._index[i]
@@ -196,7 +200,7 @@ class SemanticKITTI:
     def _cloud(self, sequence: _Sequence, frame: int) -> PointCloud:
         """The scan, with the scans before it accumulated where `sweeps` asks for them."""
         if self.config.sweeps == 1:
-            return _scan(sequence, frame, EGO_FROM_LIDAR)
+            return accumulate([_scan(sequence, frame, EGO_FROM_LIDAR)])
         key = int(np.searchsorted(sequence.scans, frame))
         earlier = sequence.scans[max(0, key + 1 - self.config.sweeps) : key][::-1]
         now_from_map = self._pose(sequence, frame).inverse()

@@ -150,6 +150,10 @@ class ViewOfDelft:
         camera_from_lidar = _read_calib(self._lidar / "calib" / f"{token}.txt")[1]
         return _read_poses(self._lidar / "pose" / f"{token}.json")["mapToCamera"] @ camera_from_lidar
 
+    def scene_name(self, i: int) -> str:
+        """Empty: the data set does not say where one drive ends."""
+        return ""
+
     def truth(self, i: int) -> Truth:
         """Boxes and pose of a frame; boxes is None where no labels are given (the test split)."""
         token = self._tokens[i]

@@ -222,9 +222,8 @@ def _frames(dataset: Dataset, predictor: Predictor | None, indices: Iterable[int
         truth, sample = dataset.truth(i), dataset[i]
         if truth is None or truth.map_from_ego is None:
             raise DataError(f"localization: sample {sample.token} has no true pose", "choose a split that has it")
-        sequence = dataset.scene_name(i) if hasattr(dataset, "scene_name") else ""
         prediction = _expect(Localization, predictor.predict(sample), "localization")
-        yield LocalizationFrame(sample.stamp_ns, truth.map_from_ego, prediction, sequence)
+        yield LocalizationFrame(sample.stamp_ns, truth.map_from_ego, prediction, dataset.scene_name(i))
 
 
 def _expect(kind: type[Any], prediction: Prediction, benchmark: str) -> Any:
