@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perception.datasets import occ3d, omnihd_occupancy, openoccupancy, semantickitti_voxels, surroundocc
 from perception.errors import DataError
 from perception.evaluation.occupancy import (
     BENCHMARKS,
@@ -161,6 +162,28 @@ def test_truth_against_itself_is_perfect(benchmark):
     assert set(score.iou) == {1.0}
     assert (score.miou, score.sc_iou, score.sc_precision, score.sc_recall) == (1.0, 1.0, 1.0, 1.0)
     assert dict(score.rows())["mIoU"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "layout"),
+    [
+        (SEMANTICKITTI, semantickitti_voxels),
+        (OPENOCCUPANCY, openoccupancy),
+        (SURROUNDOCC, surroundocc),
+        (OCC3D, occ3d),
+        (OMNIHD, omnihd_occupancy),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_rules_fit_the_truths_that_are_read(benchmark, layout):
+    label = np.arange(len(layout.CLASSES), dtype=np.uint8).reshape(-1, 1, 1)
+    grid = VoxelGrid((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), label.shape, Pose.identity())
+    seen = {"camera": label >= 0}
+    truth = OccupancyGrid3D(grid, label, layout.CLASSES, layout.FREE_LABEL, 0, observed=seen)
+    evaluator = OccupancyEvaluator(benchmark)
+    evaluator.update(truth, truth)
+    assert evaluator.score().miou == 1.0
+    assert set(layout.CLASSES) - set(evaluator.score().classes) == {"free"}
 
 
 labels = st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11) | st.just(255)), min_size=1, max_size=40)
