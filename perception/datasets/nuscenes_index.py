@@ -265,6 +265,11 @@ def _point_labels(tables: Tables, lidar_token: Array) -> dict[str, Array]:
     lidarseg, category = tables.read("lidarseg"), tables.read("category", index=integers)
     label = np.full(256, IGNORE_LABEL, np.uint8)
     for index, name in zip(category["index"], category["name"], strict=True):
+        if not 0 <= index < len(label):
+            raise DataError(
+                f"{tables.paths['category']}: index {index} of {name.decode()!r} is no uint8",
+                "use the category.json that comes with nuScenes-lidarseg",
+            )
         label[index] = LIDARSEG_CLASSES.index(LIDARSEG_OF_CATEGORY.get(name.decode(), "noise"))
     labelled = np.isin(lidar_token, lidarseg["sample_data_token"])
     rows = Rows(tables.paths["lidarseg"], lidarseg["sample_data_token"]).of(lidar_token[labelled], "sample.data")
@@ -278,7 +283,7 @@ def _boxes(tables: Tables, sample_rows: Rows, sample_stamp_us: Array) -> dict[st
     category, attribute, visibility = (tables.read(name) for name in ("category", "attribute", "visibility"))
     names = [DETECTION_OF_CATEGORY.get(name.decode()) for name in category["name"]]
     category_label = np.array([DETECTION_CLASSES.index(name) if name else -1 for name in names], np.int8)
-    levels = [VISIBILITY_LEVELS.index(level.decode()) + 1 for level in visibility["level"]]
+    levels = [_visibility(tables, level.decode()) for level in visibility["level"]]
 
     instance = tables.read("instance")
     instance_category = Rows(tables.paths["category"], category["token"]).of(
@@ -318,6 +323,15 @@ def _boxes(tables: Tables, sample_rows: Rows, sample_stamp_us: Array) -> dict[st
         "attribute_name": attribute["name"],
         "instance_token": instance["token"],
     }
+
+
+def _visibility(tables: Tables, level: str) -> int:
+    if level not in VISIBILITY_LEVELS:
+        raise DataError(
+            f"{tables.paths['visibility']}: level {level!r} is none of {', '.join(VISIBILITY_LEVELS)}",
+            "is it a table of another data set?",
+        )
+    return VISIBILITY_LEVELS.index(level) + 1
 
 
 def _velocity(center: Array, stamp_us: Array, previous: Array, following: Array) -> Array:
