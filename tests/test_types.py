@@ -363,5 +363,8 @@ def test_defaults_are_empty_and_a_dataset_is_known_by_its_methods():
         def truth(self, i: int) -> None:
             return None
 
+        def scene_name(self, i: int) -> str:
+            return "scene"
+
     assert isinstance(Two(), Dataset)
     assert not isinstance([], Dataset)
