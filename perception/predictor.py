@@ -17,7 +17,7 @@ import torch
 from perception.config import Config, schema_of, validate
 from perception.errors import ConfigError, DataError
 from perception.evaluation.result import WeightsProvenance
-from perception.types import IGNORE_LABEL, Dataset, Localization, Needs, Prediction, Sample
+from perception.types import IGNORE_LABEL, Boxes3D, Dataset, Localization, Needs, Prediction, Sample
 
 PREDICTORS = {"truth_echo": "perception.predictor:TruthEcho"}
 """Name in a configuration -> module:Class; the configuration of `Class` is `ClassConfig` beside it."""
@@ -84,10 +84,13 @@ class TruthEcho:
         self._index = {token: i for i, token in enumerate(truths.tokens)}
 
     def predict(self, sample: Sample) -> Prediction:
-        """The truth of the sample with this token; ignored voxels are free. DataError where there is none."""
+        """The truth of the sample with this token; DataError where there is none.
+
+        Boxes without a LiDAR or radar point are left out, since nuScenes does not score them; ignored voxels are free.
+        """
         truth = self._truths.truth(self._index[sample.token]) if sample.token in self._index else None
         if truth is not None and self._output == "boxes" and truth.boxes is not None:
-            return truth.boxes
+            return _seen(truth.boxes)
         if truth is not None and self._output == "occupancy" and truth.occupancy is not None:
             label = truth.occupancy.label
             return replace(
@@ -101,3 +104,9 @@ class TruthEcho:
 
     def reset(self) -> None:
         """It remembers nothing."""
+
+
+def _seen(boxes: Boxes3D) -> Boxes3D:
+    """The boxes with a point inside; all of them where points were not counted."""
+    counts = [c for c in (boxes.num_points, boxes.num_radar_points) if c is not None]
+    return boxes.select(np.sum(counts, 0) > 0) if counts else boxes

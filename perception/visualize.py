@@ -297,9 +297,14 @@ def _line(image: Array, a: Array, b: Array, color: Array, thickness: int) -> Non
 
 def write_png(path: Path, rgb: Array) -> Path:
     """Write an (H, W, 3) uint8 RGB image; DataError where the file cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), np.ascontiguousarray(rgb[..., ::-1])):
-        raise DataError(f"{path}: the picture could not be written", "choose a writable folder and a .png name")
+    _, encoded = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded.tobytes())
+    except OSError as error:
+        raise DataError(
+            f"{path}: the picture could not be written: {error.strerror}", "choose another folder"
+        ) from error
     return path
 
 

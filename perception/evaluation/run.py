@@ -147,10 +147,8 @@ def _detection(
         predictions = folder / "results_nusc.json"
         write_results(predictions, _boxes(dataset, predictor, indices), Modalities.of(predictor.needs))
     assert predictions is not None
-    root, version, split = config.dataset.root, config.dataset.version, config.dataset.split
-    if not isinstance(split, str):
-        raise ConfigError(f"dataset.split: {split} names scenes; the official scores are of a named split", "name one")
-    return evaluate_detection(predictions, root, version, split, subset=subset)
+    source = config.dataset
+    return evaluate_detection(predictions, source.root, source.version, source.split, subset=subset)
 
 
 def _boxes(dataset: Any, predictor: Predictor, indices: Iterable[int]) -> Iterator[tuple[str, Boxes3D, Pose]]:
@@ -208,7 +206,10 @@ def _written_occupancy(config: RunConfig, root: Path, dataset: Dataset) -> Calla
 def _submitted(root: Path, dataset: Dataset, i: int) -> OccupancyGrid3D:
     """The prediction of sample i from a folder in the layout of a SemanticKITTI submission, on the truth's grid."""
     sequence, frame = dataset.tokens[i].split("/")
-    label = read_label_voxels(root / "sequences" / sequence / "predictions" / f"{frame}.label")
+    path = root / "sequences" / sequence / "predictions" / f"{frame}.label"
+    if not path.is_file():
+        raise DataError(f"{path}: no prediction of sample {dataset.tokens[i]}", "predict every sample of the split")
+    label = read_label_voxels(path)
     truth = dataset.truth(i)
     if truth is None or truth.occupancy is None:
         raise DataError(f"semantickitti: sample {dataset.tokens[i]} has no truth", "score sequences with voxel labels")
