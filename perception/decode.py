@@ -120,10 +120,12 @@ def decode_cloud(
         if values.dtype.kind == "f":
             finite &= np.isfinite(values)
     keep: Any = slice(None) if finite.all() else finite
-    xyz = np.stack([columns.pop(axis)[keep] for axis in "xyz"], -1).astype(np.float32)
+    xyz = np.empty((int(finite.sum()), 3), np.float32)
+    for i, axis in enumerate("xyz"):
+        xyz[:, i] = columns.pop(axis)[keep]
     fields = {name: _native(values[keep]) for name, values in columns.items()}
     cloud = PointCloud(xyz, fields, ego_from_sensor, stamp_ns(message.header))
-    return DecodedCloud(cloud, int(len(points) - finite.sum()))
+    return DecodedCloud(cloud, len(points) - len(cloud))
 
 
 def _points(message: Any, where: str) -> Array:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from scipy.spatial.transform import Rotation, Slerp
 
 from perception.errors import PerceptionError
+from perception.geometry import slerp
 from perception.types import Array, Pose
 
 FrameReason = Literal[
@@ -210,9 +210,15 @@ def _interpolate(edge: _Edge, child: str, stamps_ns: Array) -> tuple[Array, Arra
     # Seconds since the window's start: float64 holds its nanoseconds exactly, which it could not since 1970.
     known = np.array([stamp - window[0] for stamp in window]) * 1e-9
     asked = (stamps_ns - window[0]) * 1e-9
-    rotations = Slerp(known, Rotation.from_matrix(np.stack([pose.rotation for pose in poses])))(asked).as_matrix()
+    before = np.clip(np.searchsorted(known, asked, side="right") - 1, 0, len(window) - 2)
+    fraction = (asked - known[before]) / (known[before + 1] - known[before])
+    quaternions = np.stack([pose.quaternion for pose in poses])
     translations = np.stack([pose.translation for pose in poses])
-    return rotations, np.stack([np.interp(asked, known, translations[:, axis]) for axis in range(3)], -1)
+    step = translations[before + 1] - translations[before]
+    return (
+        slerp(quaternions[before], quaternions[before + 1], fraction),
+        translations[before] + fraction[:, None] * step,
+    )
 
 
 def _outside(edge: _Edge, child: str, stamp_ns: int, reason: FrameReason, miss_ns: int) -> FrameError:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import Rotation, Slerp
 
 from perception import geometry
 from perception.types import Boxes3D, CameraImage, Pose, VoxelGrid
@@ -63,6 +63,19 @@ def test_interpolation_turns_evenly_about_one_axis(seed, fraction):
     np.testing.assert_allclose(
         middle.translation, start.translation + fraction * (end.translation - start.translation), atol=1e-12
     )
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([0.0, 1e-12, 1e-9, 1e-6, 0.1, 2.0, np.pi - 1e-6]), st.booleans())
+def test_slerp_agrees_with_scipy_at_any_angle_and_sign(seed, angle, flipped):
+    rng = np.random.default_rng(seed)
+    a, axis = Rotation.random(random_state=seed), rng.normal(size=3)
+    b = a * Rotation.from_rotvec(axis / np.linalg.norm(axis) * angle)
+    fractions = np.linspace(0, 1, 7)
+    theirs = Slerp([0, 1], Rotation.concatenate([a, b]))(fractions).as_matrix()
+    quaternion = -b.as_quat() if flipped else b.as_quat()
+    ours = geometry.slerp(np.tile(a.as_quat(), (7, 1)), np.tile(quaternion, (7, 1)), fractions)
+    np.testing.assert_allclose(ours, theirs, atol=1e-9)
 
 
 def test_interpolation_ends_at_the_poses_and_does_not_go_beyond():
