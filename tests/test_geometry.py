@@ -39,6 +39,7 @@ def as_polygons(b: Boxes3D) -> list:
 # --- Angles and poses -------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.floats(-100, 100))
 def test_a_wrapped_angle_is_the_same_angle(angle):
     wrapped = float(geometry.wrap_angle(angle))
