@@ -1,4 +1,4 @@
-"""Road users and what stands in the road: their shapes, each from a few solids, in frames with x ahead and z = 0 the ground."""
+"""Shapes of road users and of what stands in the road: a few solids each, x ahead, z = 0 the ground."""
 
 from __future__ import annotations
 

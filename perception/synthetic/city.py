@@ -1,4 +1,4 @@
-"""The synthetic city as a data set: scenes by seed, samples at key frames, every sensor's frames between them, truth."""
+"""The synthetic city as a data set: scenes by seed, samples at key frames, all sensor frames between, truth."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class City:
             plan += [(clock.stamp(k * lidar.period_s), "lidar", i) for k in range(int(0.5 / lidar.period_s), count + 1)]
         for i in range(len(self.rig.cameras) if cameras else 0):
             offset = FIRST_KEY_S - self._camera_lag(self.rig.cameras[i])
-            count = int(round((end - FIRST_KEY_S) / CAMERA_PERIOD_S))
+            count = round((end - FIRST_KEY_S) / CAMERA_PERIOD_S)
             plan += [(clock.stamp(offset + k * CAMERA_PERIOD_S), "camera", i) for k in range(count + 1)]
         for i in range(len(self.rig.radars)):
             ticks = range(int(0.5 / RADAR_PERIOD_S), int(end / RADAR_PERIOD_S) + 1)

@@ -197,10 +197,10 @@ def enter_quadric(origin: Tensor, direction: Tensor, half: Tensor, form: Tensor)
 
 def surface_normal(point: Tensor, kind: Tensor, half: Tensor, form: Tensor) -> Tensor:
     """(N, 3) outward unit normals, in the part's frame, at points (N, 3) on its surface."""
-    (x, y, z), (hx, hy, hz) = point.unbind(1), half.unbind(1)
+    hx, hy, hz = half.unbind(1)
     front, back, side = (form / (2 * half[:, 2:])).unbind(1)
     side = side / 2
-    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    zero, one = torch.zeros_like(hx), torch.ones_like(hx)
     planes = torch.stack(  # (6, N, 3): the face whose plane the point is nearest to
         [
             torch.stack(n, -1)

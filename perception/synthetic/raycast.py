@@ -45,7 +45,7 @@ class RayGrid(Protocol):
         """(V, 3) m, map: where the rays start at the views' reference times."""
 
     def rectangle(self, corners: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Bounds of convex hulls of corners (V, P, 8, 3): first and last row, first and last column, and seen at all."""
+        """Bounds of the hulls of corners (V, P, 8, 3): first, last row, first, last column, and seen at all."""
 
     def rays(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Origins (N, 3), unit directions (N, 3) in the map, times (N,) after the reference time (None: all zero)."""
@@ -248,7 +248,8 @@ def cast(solids: Solids, grid: RayGrid, chunk: int = 1 << 17) -> Hits:
             solids.velocity[view, part],
             solids.half[part],
             solids.form[part],
-            (solids.texture[part] == Texture.FOLIAGE)[:, None].float(),
+            (solids.texture[part] == Texture.FOLIAGE)[:, None].float()
+            + 2 * ((solids.texture[part] == Texture.WHEEL) & (solids.seed[part] == 2))[:, None].float(),
         ],
         1,
     )
@@ -313,12 +314,11 @@ def _solve(kind: int, row: Tensor, origin: Tensor, direction: Tensor, time: Tens
         return near, (near <= far) & (near > 0)
     near, far = enter_quadric(o, d, half, form)
     met = (near <= far) & (near > 0)
-    # Foliage is ragged: towards the outline of a crown, gaps between the leaves let the ray pass.
-    leafy = row[:, 21] > 0
-    point = (o + near[:, None] * d) / half
-    facing = -(point * d / half).sum(1) / (d / half).norm(dim=1)
-    ripple = (
-        (point[:, 0] * 17 + row[:, 9]).sin() * (point[:, 1] * 19 + row[:, 10]).sin()
-        + (point[:, 2] * 23 + point[:, 0] * 11 + row[:, 10]).sin()
-    ) * 0.5
-    return near, met & ~(leafy & (ripple * 0.45 + 0.42 > facing))
+    # Foliage is ragged: towards the outline of a crown, gaps between the leaves let it pass. Bicycle wheels are rims.
+    x, y, z = (o + near[:, None] * d).unbind(1)
+    unit = torch.stack([x, y, z], 1) / half
+    facing = -(unit * d / half).sum(1) / (d / half).norm(dim=1)
+    ripple = (7 * x + row[:, 9]).sin() * (9 * y + row[:, 10]).sin() + (17 * z + 13 * x).sin() * (21 * y - 9 * z).sin()
+    gap = (row[:, 21] == 1) & (ripple * 0.42 + 0.40 > facing)
+    hollow = (row[:, 21] == 2) & (unit[:, 0] ** 2 + unit[:, 1] ** 2 < 0.78) & (unit[:, 0] ** 2 + unit[:, 1] ** 2 > 0.02)
+    return near, met & ~gap & ~hollow

@@ -79,7 +79,7 @@ class Style:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Road:
     """A street along a centre line, with its cross-section.
 
@@ -225,10 +225,10 @@ def paint_road(painter: Painter, road: Road, style: Style, marks: SemanticMap, m
             continue
         laterals = [i * road.lane_width_m for i in range(1, road.lanes + (road.bike_m > 0))]
         for lateral in (0.0, *laterals, *(-x for x in laterals)):
-            solid = lateral == 0 and main or abs(lateral) == road.lanes_m
+            solid = (lateral == 0 and main) or abs(lateral) == road.lanes_m
             marks.lane_lines.append(road.point(np.linspace(first, last, 20), np.full(20, lateral)))
             if lateral == 0 and main:
-                for shift in (-0.16, 0.16):
+                for shift in (-0.22, 0.22):
                     painter.stripe(road, shift, first, last, 0.13, style.yellow_centre)
             elif solid:
                 painter.stripe(road, lateral, first, last, 0.15)

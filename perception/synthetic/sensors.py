@@ -425,7 +425,7 @@ class Simulator:
         for k, stamp in enumerate(stamps):
             t = self.clock.seconds(int(stamp))
             ego, (_, w) = self.scene.ego.pose(t), self.scene.ego.velocity(t)
-            acceleration = self.scene.ego.position(t, 2) + [0, 0, 9.81]
+            acceleration = self.scene.ego.position(t, 2) + np.array([0, 0, 9.81])
             spin[k] = ego.rotation.T @ w + bias[:3] + rng.normal(0, 2e-3, 3)
             force[k] = ego.rotation.T @ acceleration + bias[3:] + rng.normal(0, 0.03, 3)
         return Imu(stamps, spin, force)

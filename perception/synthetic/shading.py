@@ -93,9 +93,9 @@ class Light:
         if clouds:
             plane = direction[:, :2] / (up + 0.12)[:, None]
             depth = self._smooth(plane[:, 0] * 60, plane[:, 1] * 60)
-            cover = ((depth - 0.60 + 0.35 * self.overcast) * 5).clamp(0, 1)[:, None] * (up * 8).clamp(0, 1)[:, None]
+            cover = ((depth - 0.54 + 0.35 * self.overcast) * 5).clamp(0, 1)[:, None] * (up * 8).clamp(0, 1)[:, None]
             white = self.sky_color * 0.75 + 0.22 * self.sun_color
-            color = color * (1 - 0.8 * cover) + 0.8 * cover * white * (1.0 - 0.35 * (depth - 0.6).clamp(0, 1))[:, None]
+            color = color * (1 - 0.8 * cover) + 0.8 * cover * white * (1.0 - 0.5 * (depth - 0.6).clamp(0, 1))[:, None]
             ridge = 0.035 * self._smooth(torch.atan2(direction[:, 1], direction[:, 0]) * 120, 0 * up) ** 1.5
             hill = ((ridge + 0.004 - direction[:, 2]) * 400).clamp(0, 1)[:, None]
             far = self.horizon * torch.tensor([0.46, 0.54, 0.60], device=up.device)
@@ -185,7 +185,7 @@ class _Surface:
 
 @dataclass(frozen=True)
 class Picture:
-    """Rendered views: radiance (V, H, W, 3), distance (V, H, W) along rays, label (V, H, W) uint8 or 255, agent (V, H, W)."""
+    """V views: radiance (V, H, W, 3); (V, H, W): distance along rays, label (uint8, 255 the sky), agent."""
 
     radiance: Tensor
     distance: Tensor
@@ -270,8 +270,11 @@ def _illuminate(
         d, n = direction[shiny], s.normal[shiny]
         cosine = -(d * n).sum(1, keepdim=True).clamp(-1, 0)
         mirrored = d + 2 * cosine * n
-        share = s.gloss[shiny, None] * (0.06 + 0.94 * (1 - cosine) ** 5)
-        seen = light.sky(mirrored, clouds=False) * torch.where(mirrored[:, 2:] > 0.12, 1.0, 0.32)
+        share = s.gloss[shiny, None] * (0.08 + 0.92 * (1 - cosine) ** 5)
+        skyline = (
+            0.08 + 0.55 * light.grain(torch.atan2(mirrored[:, 1], mirrored[:, 0]), 0 * t[shiny], 0.02, 2)[:, None] ** 2
+        )
+        seen = light.sky(mirrored, clouds=False) * torch.where(mirrored[:, 2:] > skyline, 1.0, 0.3)
         glint = (mirrored @ light.sun).clamp_min(0) ** 200 * sun[shiny].clamp(0, 1)
         color[shiny] = (
             color[shiny] * (1 - share) + share * seen + s.gloss[shiny, None] * 2.5 * glint[:, None] * light.sun_color
@@ -313,7 +316,9 @@ def _ground_surface(
     patch = ((light.grain(x, y, 0.35, 2) - 0.66) * 30).clamp(0, 1)
     color = asphalt * (1 - 0.22 * patch)[:, None]
     color = mix(color, tone(0.15, 0.148, 0.14).expand_as(color), ((edge + 0.34) / soft).clamp(0, 1) * 0.6)
-    coverage = ((paint - 0.5) * (0.1 / soft).clamp(0.8, 3) + 0.5).clamp(0, 1) * (1 - (broad + mid + 0.1).clamp(0, 0.6))
+    coverage = ((paint - 0.5) * (0.1 / soft).clamp(0.8, 1.7) + 0.5).clamp(0, 1) * (
+        1 - (broad + mid + 0.1).clamp(0, 0.6)
+    )
     white = tone(0.62, 0.62, 0.60) * (1 - yellow)[:, None] + tone(0.62, 0.40, 0.05) * yellow[:, None]
     color = mix(color, white, coverage * 0.92)
     kerb = tone(0.36, 0.355, 0.34) * (1 + 0.3 * mid + 0.4 * grain * fine)[:, None]
@@ -336,7 +341,7 @@ def _ground_surface(
 
 @dataclass(frozen=True)
 class _Spot:
-    """Pixels on solids of one texture: point and normal in the part's frame, its half extents, colour, seed, footprint."""
+    """Pixels on solids of one texture: point and normal in the part's frame, half extents, colour, footprint."""
 
     p: Tensor
     n: Tensor
@@ -406,7 +411,11 @@ def _facade(s: _Spot) -> _Surface:
     trim = torch.where((s.chance(s.seed * 0 + 4) > 0.4)[:, None], 0.55, 0.06).expand(-1, 3)
     color = _mix(wall, trim, frame * ~modern)
     curtain = s.chance(column, row)
-    inner = 0.018 + 0.18 * (curtain > 0.72) * s.inside(y, half_h * (1 - 2 * s.chance(row, column)), half_h)
+    inner = (
+        0.008
+        + 0.05 * s.chance(row, column + 5.0) ** 2
+        + 0.20 * (curtain > 0.72) * s.inside(y, half_h * (1 - 2 * s.chance(row, column)), half_h)
+    )
     glass = inner[:, None] * torch.tensor([1.0, 1.02, 1.05], device=u.device)
     lit = (curtain < 0.25) * s.light.lamps
     color = _mix(color, glass.expand(-1, 3), pane)
@@ -450,9 +459,9 @@ def _foliage(s: _Spot) -> _Surface:
     u = s.p / s.half
     x, y = s.p[:, 0] + s.p[:, 2] * 0.7 + 9 * s.seed, s.p[:, 1] - s.p[:, 2] * 0.6
     near = (1 - s.pixel_m / 0.06).clamp(0, 1)
-    leaf, clump = s.light.grain(x, y, 0.028, 1) - 0.5, s.light.grain(x, y, 0.05, 0) - 0.5
-    depth = 0.68 + 0.32 * u[:, 2].clamp(-1, 1)
-    color = s.color * (depth * (1 + 1.5 * clump + 1.6 * leaf * (0.35 + 0.65 * near)))[:, None].clamp_min(0.15)
+    leaf, clump = s.light.grain(x, y, 0.035, 1) - 0.5, s.light.grain(x, y, 0.028, 0) - 0.5
+    depth = 0.62 + 0.38 * u[:, 2].clamp(-1, 1)
+    color = s.color * (depth * (1 + 2.2 * clump + 2.4 * leaf * (0.35 + 0.65 * near)))[:, None].clamp_min(0.12)
     bump = torch.stack([clump, leaf, -clump], 1) * 1.6
     normal = s.n + bump + torch.tensor([0, 0, 0.25], device=u.device)
     surface = s.paint(color)
@@ -510,7 +519,7 @@ def _wheel(s: _Spot) -> _Surface:
     angle = torch.atan2(s.p[:, 1], s.p[:, 0])
     spoke = (angle * 5).cos() > -0.2
     rim = cap & (r < 0.66)
-    tone = torch.where(rim & (spoke | (r < 0.2) | (r > 0.58)), 0.38, torch.where(rim, 0.03, 0.018))
+    tone = torch.where(rim & (spoke | (r < 0.2) | (r > 0.58)), 0.22, torch.where(rim, 0.03, 0.018))
     return s.paint(tone[:, None].expand(-1, 3), torch.where(rim, 0.3, 0.0))
 
 
@@ -552,7 +561,7 @@ def _roof(s: _Spot) -> _Surface:
     u, v, _, _ = s.wall()
     fade = (1 - s.pixel_m / 0.12).clamp(0, 1)
     ribs = (torch.remainder(u, 0.3) < 0.05).float() * fade
-    rows = (torch.remainder(v, 0.35) < 0.05).float() * fade * (s.half[:, 2] < 2)
+    rows = (torch.remainder(v, 0.35) < 0.05).float() * fade * ((s.n[:, 2] > 0.2) & (s.n[:, 2] < 0.95))
     g = s.light.grain(u, v, 0.06, 0) - 0.5
     return s.paint(s.color * (1 + 0.4 * g - 0.3 * ribs - 0.2 * rows)[:, None], 0.1)
 
@@ -617,14 +626,39 @@ def develop(radiance: Tensor, generator: torch.Generator, noise: float = 0.012) 
     """Radiance (V, H, W, 3) to uint8: exposure per view, vignetting, filmic curve, sensor noise."""
     _, height, width, _ = radiance.shape
     luminance = radiance.mean(-1)
-    gain = 0.30 / luminance.clamp(1e-4, 4).log().mean((1, 2)).exp()
+    gain = 0.19 / luminance.clamp(1e-4, 4).log().mean((1, 2)).exp()
     gain = gain.clamp(0.1, 12)[:, None, None, None]
     device = radiance.device
     y = torch.linspace(-1, 1, height, device=device)[:, None] * height / width
     x = torch.linspace(-1, 1, width, device=device)[None]
     vignette = (1 - 0.16 * (x * x + y * y))[None, :, :, None]
     exposed = radiance * gain * vignette
+    grey = exposed.mean(-1, keepdim=True)
+    exposed = grey + 0.82 * (exposed - grey)  # automotive sensors are dull
     curve = exposed * (2.51 * exposed + 0.03) / (exposed * (2.43 * exposed + 0.59) + 0.14)
     image = curve.clamp(0, 1) ** (1 / 2.2)
+    image = smooth_edges(image)
     grain = torch.randn(image.shape, generator=generator, device=device)
     return ((image + noise * (1.2 - image) * grain).clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+
+def smooth_edges(image: Tensor) -> Tensor:
+    """Images (V, H, W, 3) with stair steps along edges blended (fast approximate anti-aliasing, Lottes 2009)."""
+    planes = image.permute(0, 3, 1, 2)
+    luma = torch.nn.functional.pad(planes.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]
+    nw, ne, sw, se = luma[:, :-2, :-2], luma[:, :-2, 2:], luma[:, 2:, :-2], luma[:, 2:, 2:]
+    along = torch.stack([sw + se - nw - ne, nw + sw - ne - se], -1)
+    least = 0.03 * (nw + ne + sw + se)[..., None] + 1 / 128
+    along = (along / (along.abs().amin(-1, keepdim=True) + least)).clamp(-4, 4)
+    contrast = torch.stack([nw, ne, sw, se]).amax(0) - torch.stack([nw, ne, sw, se]).amin(0)
+    along = along * (contrast > 0.06)[..., None]
+    height, width = image.shape[1:3]
+    y, x = torch.meshgrid(
+        torch.arange(height, device=image.device), torch.arange(width, device=image.device), indexing="ij"
+    )
+    size = torch.tensor([width, height], device=image.device)
+    blended = torch.zeros_like(planes)
+    for step in (-1 / 6, 1 / 6):
+        at = (torch.stack([x, y], -1) + along * step + 0.5) / size * 2 - 1
+        blended += 0.5 * torch.nn.functional.grid_sample(planes, at, padding_mode="border", align_corners=False)
+    return blended.permute(0, 2, 3, 1)

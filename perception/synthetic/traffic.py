@@ -88,6 +88,14 @@ class Traffic:
         self._people()
         self._remove_overlaps()
 
+    def signal(self, t_s: float, junction: Array, main: Array) -> Array:
+        """What lights show: 0 red, 1 amber, 2 green; `main` (N,) 1 for the main road's."""
+        main = main.astype(bool)
+        offset = self.offset[junction]
+        green = np.where(main, _is_green(t_s, offset, True), _is_green(t_s, offset, False))
+        was = np.where(main, _is_green(t_s - 3, offset, True), _is_green(t_s - 3, offset, False))
+        return np.where(green, 2, np.where(was, 1, 0))
+
     def _lanes(self) -> list[_Lane]:
         lanes = []
         for index, road in enumerate(self.roads):
@@ -120,7 +128,7 @@ class Traffic:
                 wanted = rng.uniform(8, 11.5)
                 drivers.append(_Driver(k, self.start_s + 1.4, wanted * 0.8, wanted, 4.2, None, True))
             while s < road.length - 10:
-                label, wanted, length, build = self._draw(bike)
+                wanted, length, build = self._draw(bike)
                 red = [(x, j) for x, j in lane.stops if x - 1 < s + length / 2 and s - length / 2 < x + 30]
                 near_ego = k == ego_lane and -(length + 9) < s - self.start_s < length / 2 + 14
                 if not near_ego and not red:
@@ -133,13 +141,13 @@ class Traffic:
             drivers.append(_Driver(self.style.lanes, ahead, 4.5, 4.5, 1.8, self._build(Label.BICYCLE), True))
         self._drive(lanes, drivers)
 
-    def _draw(self, bike: bool) -> tuple[Label, float, float, Callable[[], tuple[Array, Label, bool]]]:
+    def _draw(self, bike: bool) -> tuple[float, float, Callable[[], tuple[Array, Label, bool]]]:
         rng = self.rng
         if bike:
-            return Label.BICYCLE, rng.uniform(3.5, 5.5), 1.8, self._build(Label.BICYCLE)
+            return rng.uniform(3.5, 5.5), 1.8, self._build(Label.BICYCLE)
         label = Label(rng.choice([Label.CAR, Label.TRUCK, Label.BUS, Label.MOTORCYCLE], p=[0.76, 0.10, 0.05, 0.09]))
         length = {Label.CAR: 4.9, Label.TRUCK: 8.8, Label.BUS: 12.2, Label.MOTORCYCLE: 2.2}[label]
-        return label, rng.uniform(7, 12), length, self._build(label)
+        return rng.uniform(7, 12), length, self._build(label)
 
     def _build(self, label: Label) -> Callable[[], tuple[Array, Label, bool]]:
         seed = int(self.rng.integers(1 << 31))
@@ -291,7 +299,7 @@ class Traffic:
                 yaw = main.heading(np.full(self.steps, at)) + way * np.pi / 2
                 xy = main.point(np.full(self.steps, at), way * (walked - reach))
                 self.agents.append(Agent.of(Label.PEDESTRIAN, shapes.pedestrian(rng, True), xy, yaw))
-        for k in range(3):  # bicycles left at the sidewalk's edge
+        for _ in range(3):  # bicycles left at the sidewalk's edge
             s, side = self.start_s + rng.uniform(-5, 35), rng.choice([-1, 1])
             for i in range(int(rng.integers(1, 4))):
                 if main.clear(s + i, 4):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from perception.geometry import points_in_boxes
@@ -99,7 +100,12 @@ def boxes(
     )
 
     def count(group: Sequence[PointCloud]) -> Array:
-        return sum((points_in_boxes(c.xyz_ego(), result).sum(1) for c in group), np.zeros(len(result), np.int64))
+        total = np.zeros(len(result), np.int64)
+        for cloud in group:
+            xyz = cloud.xyz_ego()
+            near = cKDTree(xyz).query_ball_point(result.center, np.linalg.norm(result.size, axis=1) / 2 + 0.01)
+            total += [int(points_in_boxes(xyz[i], result.select([m])).sum()) if i else 0 for m, i in enumerate(near)]
+        return total
 
     return Boxes3D(
         result.center, result.size, result.yaw, result.velocity, result.score, result.label, result.classes, stamp_ns,
@@ -227,7 +233,7 @@ def occupancy(scene: Scene, ground: Ground, solids: Solids, map_from_ego: Pose, 
 def _reaches(solids: Solids, p: Tensor, local: Tensor, slack: Tensor, voxel_m: float) -> Tensor:
     """Does part p reach into the voxel about `local` (N, 3), whose half extents along the part's axes are `slack`?"""
     half, form = solids.half[p], solids.form[p]
-    grown = half + slack * 0.75
+    grown = half + slack * slack.new_tensor([1.0, 1.0, 0.8])
     a, b = form[:, 0] / (2 * half[:, 2]), form[:, 1] / (2 * half[:, 2])
     s = form[:, 2] / (4 * half[:, 2])
     x, y, z = local.unbind(1)
