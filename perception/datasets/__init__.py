@@ -42,8 +42,7 @@ def detect_layout(root: Path) -> dict[str, Any]:
     versions = sorted(p.parent.name for p in root.glob("v1.0-*/scene.json"))
     if versions:
         version = next((v for v in ("v1.0-trainval", "v1.0-mini") if v in versions), versions[0])
-        split = {"v1.0-trainval": "val", "v1.0-mini": "mini_val", "v1.0-test": "test"}.get(version, "val")
-        return {"name": "nuscenes", "root": root, "version": version, "split": split}
+        return {"name": "nuscenes", "root": root, "version": version, "split": "all"}
     if next(root.glob("sequences/*/velodyne"), None):
         return {"name": "semantickitti", "root": root, "split": sorted(p.name for p in root.glob("sequences/*"))}
     if next(root.glob("*/training/velodyne"), None):
