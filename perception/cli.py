@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -118,7 +119,20 @@ def bench_sparse(
     runs: Annotated[int, typer.Option(min=1, help="Timed runs, after three to warm up.")] = 10,
 ) -> None:
     """Sparse convolution: the encoder of SECOND over one LiDAR cloud, by backend and number type."""
-    raise NotImplementedError
+    import numpy as np
+
+    from perception.bench import bench_sparse as bench
+    from perception.datasets.nuscenes_files import read_lidar
+    from perception.tables import bench_table
+
+    if points:
+        xyz, fields = read_lidar(points)
+    else:
+        cloud = _city_cloud()
+        xyz, fields = cloud.xyz, cloud.fields
+    features = np.concatenate([xyz, fields["intensity"][:, None]], 1)
+    backends = backend or (["torch", "spconv"] if device.startswith("cuda") and find_spec("spconv") else ["torch"])
+    out.print(bench_table(bench(features, device, backends=backends, train=train, runs=runs)))
 
 
 def _open(source: Path | None, overrides: list[str]) -> Dataset:
