@@ -347,4 +347,4 @@ def fit_box(parts: Array) -> tuple[Array, Array]:
     low, high = corner.min((0, 1)), corner.max((0, 1))
     shifted = parts.copy()
     shifted["center"][:, :2] -= (low + high)[:2] / 2
-    return shifted, np.array([high[0] - low[0], high[1] - low[1], high[2]]) + 0.02
+    return shifted, np.array([high[0] - low[0] + 0.08, high[1] - low[1] + 0.08, high[2] + 0.04])

@@ -627,7 +627,7 @@ def develop(radiance: Tensor, generator: torch.Generator, noise: float = 0.012) 
     _, height, width, _ = radiance.shape
     luminance = radiance.mean(-1)
     gain = 0.19 / luminance.clamp(1e-4, 4).log().mean((1, 2)).exp()
-    gain = gain.clamp(0.1, 12)[:, None, None, None]
+    gain = gain.clamp(0.1, 2.2)[:, None, None, None]
     device = radiance.device
     y = torch.linspace(-1, 1, height, device=device)[:, None] * height / width
     x = torch.linspace(-1, 1, width, device=device)[None]

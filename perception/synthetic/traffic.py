@@ -211,45 +211,56 @@ class Traffic:
         self.agents.append(Agent.of(label, parts, still, np.full(self.steps, yaw), ridden, needed))
 
     def _parked(self) -> None:
-        """Both kerbs of every road: parked vehicles; beside the ego's start, one of every kind that seldom passes."""
+        """Both kerbs of every road: beside the ego's start one of every kind that seldom passes, else parked cars."""
+        taken = self._showcase()
         rng, main = self.rng, self.roads[0]
-        wanted = {-1: [Label.CONSTRUCTION_VEHICLE, Label.MOTORCYCLE, Label.TRUCK], 1: [Label.TRAILER, Label.BUS]}
         for road in self.roads:
             for side in (-1, 1):
-                queue = list(wanted[side]) if road is main else []
                 s = rng.uniform(4, 10)
                 lateral = side * (road.half_width - road.parking_m / 2 + 0.1)
-                while s < road.length - 10:
-                    beside = road is main and s > self.start_s + (4 if side == -1 else -2)
-                    label = queue[0] if beside and queue else Label.CAR
-                    room = {
-                        Label.CONSTRUCTION_VEHICLE: 17.0,
-                        Label.TRAILER: 11.5,
-                        Label.BUS: 13.5,
-                        Label.TRUCK: 10.0,
-                    }.get(label, 6.5)
-                    if not (road.clear(s, 12) and road.clear(s + room, 12)):
+                while s < road.length - 16:
+                    truck = rng.random() < 0.06 and road is main
+                    room = 10.0 if truck else 6.5
+                    clash = road is main and any(k == side and s < b and a < s + room for k, a, b in taken)
+                    if clash or not (road.clear(s, 12) and road.clear(s + room, 12)):
                         s += 2.0
                         continue
-                    middle = s + room / 2
-                    xy, yaw = road.point(middle, lateral), float(road.heading(middle)) + (0 if side == -1 else np.pi)
-                    if label == Label.CONSTRUCTION_VEHICLE:
-                        self._work_zone(road, s, room, lateral)
-                        queue.pop(0)
-                    elif label == Label.MOTORCYCLE:
-                        for k in range(3):
-                            at = road.point(s + 1.5 + 1.3 * k, lateral)
-                            self._place(label, shapes.motorcycle(rng, False), at, yaw + 1.2, needed=k == 0)
-                        queue.pop(0)
-                    elif label != Label.CAR:
-                        self._place(label, SHAPES[label](rng), xy, yaw, needed=True)
-                        queue.pop(0)
-                    elif rng.random() < self.style.parked:
-                        kind = Label.TRUCK if rng.random() < 0.06 and road is main else Label.CAR
-                        room = 10.0 if kind == Label.TRUCK else room
-                        xy = road.point(s + room / 2, lateral)
-                        self._place(kind, SHAPES[kind](rng), xy, yaw + rng.normal(0, 0.015))
+                    if rng.random() < self.style.parked:
+                        label, yaw = Label.TRUCK if truck else Label.CAR, float(road.heading(s + room / 2))
+                        yaw += (0 if side == -1 else np.pi) + rng.normal(0, 0.015)
+                        self._place(label, SHAPES[label](rng), road.point(s + room / 2, lateral), yaw)
                     s += room + rng.uniform(0, 1.0)
+
+    def _showcase(self) -> list[tuple[int, float, float]]:
+        """Places along the main road's kerbs (side, from s, to s) of what every scene must show near the ego's start."""
+        rng, road, taken = self.rng, self.roads[0], []
+        ahead, behind = np.arange(4.0, 34.0, 1.0), -np.arange(2.0, 28.0, 1.0)
+        for label, room, sides in (
+            (Label.CONSTRUCTION_VEHICLE, 17.0, (-1, 1)),
+            (Label.TRAILER, 11.5, (1, -1)),
+            (Label.TRUCK, 10.0, (-1, 1)),
+            (Label.BUS, 13.5, (1, -1)),
+            (Label.MOTORCYCLE, 5.0, (-1, 1)),
+        ):
+            places = [(side, self.start_s + x) for offsets in (ahead, behind) for x in offsets for side in sides]
+            for side, s in places:
+                clear = all(road.clear(x, 7.0) for x in np.arange(s, s + room + 1, 2.0))
+                if not clear or any(k == side and s < b and a < s + room for k, a, b in taken):
+                    continue
+                taken.append((side, s, s + room))
+                lateral = side * (road.half_width - road.parking_m / 2 + 0.1)
+                middle = s + room / 2
+                yaw = float(road.heading(middle)) + (0 if side == -1 else np.pi)
+                if label == Label.CONSTRUCTION_VEHICLE:
+                    self._work_zone(road, s, room, lateral)
+                elif label == Label.MOTORCYCLE:
+                    for k in range(3):
+                        parts = shapes.motorcycle(rng, False)
+                        self._place(label, parts, road.point(s + 1.2 + 1.3 * k, lateral), yaw + 1.2, needed=k == 0)
+                else:
+                    self._place(label, SHAPES[label](rng), road.point(middle, lateral), yaw, needed=True)
+                break
+        return taken
 
     def _work_zone(self, road: Road, s: float, room: float, lateral: float) -> None:
         rng, side = self.rng, np.sign(lateral)

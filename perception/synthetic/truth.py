@@ -284,7 +284,11 @@ def observed_by_lidar(grid: VoxelGrid, spec: LidarSpec, scan: LidarScan, device:
     column = torch.remainder(turned / (2 * np.pi) * spec.columns, spec.columns).long() % spec.columns
     met = torch.tensor(scan.range_image, device=device)[row, column]
     near_beam = (elevation - beams[row]).abs() < torch.maximum(margin / distance, elevation.new_tensor(0.55 * gap))
-    return (near_beam & (distance < met + margin) & (distance < spec.reach_m)).view(*grid.shape)
+    seen = near_beam & (distance < met + margin) & (distance < spec.reach_m)
+    index, inside = grid.index(grid.ego_from_grid.inverse().apply(scan.cloud.xyz_ego().astype(np.float64)))
+    hit = np.ravel_multi_index(tuple(index[inside].T), grid.shape)
+    seen[torch.from_numpy(hit).to(device)] = True  # at a grazing beam the next one may end well before the voxel
+    return seen.view(*grid.shape)
 
 
 def observed_by_cameras(
