@@ -24,7 +24,7 @@ from perception.synthetic.truth import (
     segmentation,
     visible_share,
 )
-from perception.types import CameraImage, PointCloud, Pose, Sample, Truth, VoxelGrid
+from perception.types import CameraImage, OccupancyGrid3D, PointCloud, Pose, Sample, Truth, VoxelGrid
 
 KEY_PERIOD_S = 0.5
 FIRST_KEY_S = 1.0
@@ -138,7 +138,7 @@ class City:
                 yield Sample(stamp, cameras={camera.role: sim.expose([camera], [stamp], stamp)[camera.role][0]})
             else:
                 radar = self.rig.radars[i]
-                yield Sample(stamp, radars={radar.role: sim.detect(radar, stamp, stamp)})
+                yield Sample(stamp, radars=sim.detect([radar], [stamp], stamp))
 
     def _clock(self, scene: int) -> Clock:
         return Clock((1_600_000_000 + 1000 * (self.config.seed + scene)) * 1_000_000_000)
@@ -186,10 +186,8 @@ class City:
             scans[lidar.role] = sim.scan(lidar, [stamp - i * period for i in range(config.sweeps)], stamp)
         taken = [stamp - round(self._camera_lag(c) * 1e6) * 1000 for c in self.rig.cameras]
         pictures = sim.expose(list(self.rig.cameras), taken, stamp) if self.rig.cameras else {}
-        radars = {
-            radar.role: sim.detect(radar, self._radar_stamp(scene, stamp, i), stamp)
-            for i, radar in enumerate(self.rig.radars)
-        }
+        heard = [self._radar_stamp(scene, stamp, i) for i in range(len(self.rig.radars))]
+        radars = sim.detect(list(self.rig.radars), heard, stamp) if heard else {}
         previous = stamps[k - 1] if k else stamp - round(KEY_PERIOD_S * 1e9)
         sample = Sample(
             stamp,
@@ -237,7 +235,7 @@ class City:
     def occupancy(
         self, sim: Simulator, stamp: int, grid: VoxelGrid, scans: dict[str, LidarScan],
         pictures: dict[str, tuple[CameraImage, Picture]],
-    ):  # fmt: skip
+    ) -> OccupancyGrid3D:  # fmt: skip
         """Occupancy truth at any grid, in the configured taxonomy."""
         solids = sim.scene.solids([sim.clock.seconds(stamp)], sim.device)
         label = occupancy(sim.scene, sim.ground, solids, sim.pose(stamp), grid, sim.chunk)

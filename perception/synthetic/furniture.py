@@ -246,8 +246,8 @@ class Furniture:
         outline = corners @ np.array([[c, s], [-s, c]]) + middle
         pixels = np.round((outline - self.ground.corner) / 0.5).astype(np.int32)
         mask = np.zeros_like(self._built)
-        cv2.fillConvexPoly(mask, pixels, 1)
-        inner = cv2.erode(mask, np.ones((3, 3), np.uint8))
+        cv2.fillConvexPoly(mask, pixels, (1,))
+        inner: Array = cv2.erode(mask, np.ones((3, 3), np.uint8))
         if not room or (inner & self._built).any():
             return False
         self._built |= mask

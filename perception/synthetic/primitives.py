@@ -83,25 +83,23 @@ def _part(kind: int, center: Any, half: Any, rotation: Array, form: Any, **look:
     return part
 
 
-def box(center: Any, size: Any, yaw: float = 0.0, lean: Any = (0, 0, 0), tilt: Any = (0, 0), **look: Any) -> Array:
+def box(center: Any, size: Any, yaw: Any = 0.0, lean: Any = (0, 0, 0), tilt: Any = (0, 0), **look: Any) -> Array:
     """A hexahedron of full `size` about `center`; `lean` is its form, `tilt` its pitch and roll, `look` PART fields."""
     return _part(HEXAHEDRON, center, np.asarray(size, float) / 2, turn(yaw, *tilt), lean, **look)
 
 
-def ellipsoid(center: Any, size: Any, yaw: float = 0.0, **look: Any) -> Array:
+def ellipsoid(center: Any, size: Any, yaw: Any = 0.0, **look: Any) -> Array:
     return _part(QUADRIC, center, np.asarray(size, float) / 2, turn(yaw), (1, 1, 0), **look)
 
 
-def cylinder(
-    center: Any, radius: float, height: float, rotation: Array | None = None, top: float = 1.0, **look: Any
-) -> Array:
+def cylinder(center: Any, radius: Any, height: Any, rotation: Any = None, top: Any = 1.0, **look: Any) -> Array:
     """A cylinder along its own z, or a truncated cone whose upper radius is `top` times the lower."""
     form = (0, (1 + top) / 2, (top - 1) / 2)
     rotation = turn() if rotation is None else rotation
     return _part(QUADRIC, center, (radius, radius, height / 2), rotation, form, **look)
 
 
-def rod(a: Any, b: Any, radius: float, **look: Any) -> Array:
+def rod(a: Any, b: Any, radius: Any, **look: Any) -> Array:
     """A cylinder from point a to point b."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     along = (b - a) / np.linalg.norm(b - a)

@@ -35,10 +35,18 @@ _EDGES = [(0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (0, 4)
 class RayGrid(Protocol):
     """V grids of rows x columns rays; ray (v, r, c) is number (v * rows + r) * columns + c of the flat arrays."""
 
-    rows: int
-    columns: int
-    reach_m: float
-    sees: int  # one of CAMERA, LIDAR, SUN
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
+
+    @property
+    def reach_m(self) -> float: ...
+
+    @property
+    def sees(self) -> int:
+        """One of CAMERA, LIDAR, SUN."""
 
     @property
     def origin(self) -> Tensor:

@@ -206,9 +206,9 @@ class Painter:
         return np.round(((xy - self.corner) / PIXEL_M - 0.5) * (1 << shift)).astype(np.int32)
 
     def polygon(self, xy: Array, yellow: bool = False) -> None:
-        cv2.fillPoly(self.paint, [self.pixels(xy)], 255, cv2.LINE_AA, 4)
+        cv2.fillPoly(self.paint, [self.pixels(xy)], (255,), cv2.LINE_AA, 4)
         if yellow:
-            cv2.polylines(self.yellow, [self.pixels(xy, 0)], True, 255, 3)
+            cv2.polylines(self.yellow, [self.pixels(xy, 0)], True, (255,), 3)
 
     def stripe(self, road: Road, lateral: float, s0: float, s1: float, width: float, yellow: bool = False) -> None:
         s = np.linspace(s0, s1, max(2, int((s1 - s0) / 1.5)))
@@ -367,7 +367,7 @@ def build_ground(
     for road in roads:
         s = np.arange(0, road.length, 1.0)
         outline = np.concatenate([road.point(s, np.full(len(s), w * road.half_width))[:: int(w)] for w in (1, -1)])
-        cv2.fillPoly(road_mask, [painter.pixels(outline)], 0, cv2.LINE_8, 4)
+        cv2.fillPoly(road_mask, [painter.pixels(outline)], (0,), cv2.LINE_8, 4)
     for road in roads:
         paint_road(painter, road, style, marks, road is roads[0])
     corner_m = 5.0  # corners of junctions are rounded by closing the mask with a disc

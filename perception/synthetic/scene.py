@@ -39,14 +39,17 @@ class EgoMotion:
         self.angles = CubicSpline(t, np.column_stack([ego.yaw, pitch, roll]))
         self.end_s = float(t[-1])
 
+    def rotation(self, t_s: Array | float) -> Rotation:
+        return Rotation.from_euler("ZYX", self.angles(t_s))
+
     def pose(self, t_s: float) -> Pose:
         """map_from_ego."""
-        return Pose(turn(*self.angles(t_s)), self.position(t_s))
+        return Pose(self.rotation(t_s).as_matrix(), self.position(t_s))
 
-    def velocity(self, t_s: float) -> tuple[Array, Array]:
-        """Linear velocity m/s and angular velocity rad/s, in the map's axes."""
+    def velocity(self, t_s: Array | float) -> tuple[Array, Array]:
+        """Linear velocity m/s and angular velocity rad/s (..., 3), in the map's axes."""
         step = 1e-3
-        twist = Rotation.from_matrix(turn(*self.angles(t_s + step)) @ turn(*self.angles(t_s - step)).T).as_rotvec()
+        twist = (self.rotation(t_s + step) * self.rotation(t_s - step).inv()).as_rotvec()
         return self.position(t_s, 1), twist / (2 * step)
 
 
@@ -113,4 +116,5 @@ class Scene:
         signals = np.flatnonzero(parts["texture"] == Texture.SIGNAL)
         junction, main = np.divmod(parts["seed"][signals].astype(int), 2)
         parts["seed"][signals] = self.traffic.signal(times_s[0], junction, main)
-        return Solids.pose(parts, *(np.stack(x) for x in zip(*poses, strict=True)), device)
+        rotation, translation, velocity = (np.stack(x) for x in zip(*poses, strict=True))
+        return Solids.pose(parts, rotation, translation, velocity, device)

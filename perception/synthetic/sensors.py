@@ -258,30 +258,29 @@ class Simulator:
         hits, origin, direction = self._meet(solids, grid)
         label, agent, intensity, kept, measured = self._returns(solids, grid, hits, origin, direction, spec, stamps_ns)
         point = origin + measured[:, None] * direction
-        count = grid.rows * grid.columns
-        scans = []
-        for k, stamp in enumerate(stamps_ns):
-            rays = slice(k * count, (k + 1) * count)
-            keep = kept[rays].view(grid.rows, grid.columns).T.reshape(-1).nonzero()[:, 0]  # in firing order
-            ray = (keep % grid.rows) * grid.columns + keep // grid.rows
-            at_stamp = self.pose(stamp) @ spec.ego_from_lidar
-            back = at_stamp.inverse()
-            xyz = (point[rays][ray].double() @ torch.tensor(back.rotation.T, device=self.device)
-                   + torch.tensor(back.translation, device=self.device)).float()  # fmt: skip
+        at_stamps = [self.pose(stamp) @ spec.ego_from_lidar for stamp in stamps_ns]
+        inverse = [p.inverse() for p in at_stamps]
+        turn, shift = (
+            torch.tensor(np.stack(x), device=self.device)
+            for x in ([p.rotation for p in inverse], [p.translation for p in inverse])
+        )
+        shape = (len(stamps_ns), grid.rows, grid.columns)
+        view, column, row = kept.view(shape).transpose(1, 2).nonzero(as_tuple=True)  # in firing order
+        ray = (view * grid.rows + row) * grid.columns + column
+        xyz = ((turn[view] * point[ray].double()[:, None]).sum(-1) + shift[view]).float()
+        columns = [intensity[ray], row, time[column] - spec.period_s / 2, label[ray], agent[ray]]
+        table = torch.cat([xyz, torch.stack([c.float() for c in columns], 1)], 1).cpu().numpy()
+        counts = torch.bincount(view, minlength=len(stamps_ns)).cpu().numpy()
+        ranges = hits.distance.view(shape).cpu().numpy()
+        back, scans = self.pose(sample_stamp_ns).inverse(), []
+        for k, rows in enumerate(np.split(table, np.cumsum(counts)[:-1])):
             fields = {
-                "intensity": intensity[rays][ray].cpu().numpy(),
-                "ring": (ray // grid.columns).to(torch.uint8).cpu().numpy(),
-                "time_offset": (time[ray % grid.columns] - spec.period_s / 2).cpu().numpy(),
+                "intensity": rows[:, 3].copy(),
+                "ring": rows[:, 4].astype(np.uint8),
+                "time_offset": rows[:, 5].copy(),
             }
-            ego_from_lidar = self.pose(sample_stamp_ns).inverse() @ at_stamp
-            scans.append(
-                LidarScan(
-                    PointCloud(xyz.cpu().numpy(), fields, ego_from_lidar, stamp),
-                    label[rays][ray].cpu().numpy(),
-                    agent[rays][ray].cpu().numpy(),
-                    hits.distance[rays].view(grid.rows, grid.columns).cpu().numpy(),
-                )
-            )
+            cloud = PointCloud(np.ascontiguousarray(rows[:, :3]), fields, back @ at_stamps[k], stamps_ns[k])
+            scans.append(LidarScan(cloud, rows[:, 6].astype(np.uint8), rows[:, 7].astype(np.int64), ranges[k]))
         return scans
 
     def _returns(
@@ -387,59 +386,61 @@ class Simulator:
                 images[spec.role] = (image, Picture(radiance[i], depth[i], label[i], agent[i]))
         return images
 
-    def detect(self, spec: RadarSpec, stamp_ns: int, sample_stamp_ns: int) -> PointCloud:
-        """One radar's detections."""
-        t = self.clock.seconds(stamp_ns)
-        ego, (velocity, spin) = self.scene.ego.pose(t), self.scene.ego.velocity(t)
-        pose = ego @ spec.ego_from_radar
-        moving = velocity + np.cross(spin, pose.translation - ego.translation)
+    def detect(self, specs: list[RadarSpec], stamps_ns: list[int], sample_stamp_ns: int) -> dict[str, PointCloud]:
+        """One cloud of each radar at its own stamp, all in one cast; the radars differ in role and mount alone."""
+        spec, times = specs[0], [self.clock.seconds(s) for s in stamps_ns]
+        egos, twists = [self.scene.ego.pose(t) for t in times], [self.scene.ego.velocity(t) for t in times]
+        poses = [ego @ s.ego_from_radar for ego, s in zip(egos, specs, strict=True)]
+        moving = [
+            v + np.cross(w, pose.translation - ego.translation)
+            for (v, w), pose, ego in zip(twists, poses, egos, strict=True)
+        ]
         half, (step_a, step_e) = np.radians(spec.half_azimuth_deg), np.radians(spec.step_deg)
         columns = int(2 * half / step_a) + 1
         rise = np.arange(-np.radians(spec.half_elevation_deg), np.radians(spec.half_elevation_deg) + 1e-6, step_e)
+        still = torch.zeros(len(specs), 3, device=self.device)
         grid = Spinning(
-            self._tensor(pose.rotation), self._tensor(pose.translation), self._tensor(np.zeros(3)),
-            self._tensor(np.zeros(3)), torch.tensor(rise, dtype=torch.float32, device=self.device), -float(half),
-            float(step_a), torch.zeros(columns, device=self.device), spec.reach_m, LIDAR,
+            self._tensor(*(p.rotation for p in poses)), self._tensor(*(p.translation for p in poses)), still, still,
+            torch.tensor(rise, dtype=torch.float32, device=self.device), -float(half), float(step_a),
+            torch.zeros(columns, device=self.device), spec.reach_m, LIDAR,
         )  # fmt: skip
-        solids = self.scene.solids([t], self.device)
+        solids = self.scene.solids(times, self.device)
         hits, _, direction = self._meet(solids, grid)
-        ray = ((hits.distance < spec.reach_m) & (hits.distance > 1.0)).nonzero()[:, 0]
-        part = hits.part[ray]
-        solid, part = part >= 0, part.clamp_min(0)
+        view = torch.arange(len(specs), device=self.device).repeat_interleave(grid.rows * grid.columns)
+        solid, part = hits.part >= 0, hits.part.clamp_min(0)
         label = torch.where(solid, solids.label[part].long(), int(Label.ROAD))
-        keep = label != Label.EGO
-        target = torch.where(solid[:, None], solids.velocity[0, part], 0.0)[keep].cpu().numpy()
-        direction, distance = direction[ray][keep].cpu().numpy(), hits.distance[ray][keep].cpu().numpy()
-        rng = np.random.default_rng([self.seed, stamp_ns // 1000, *spec.role.encode()])
-        return _detections(
-            spec, rng, distance.astype(float), direction @ pose.rotation, ((target - moving) * direction).sum(1),
-            moving @ pose.rotation, np.array(_RCS_DBSM)[label[keep].cpu().numpy()],
-            self.pose(sample_stamp_ns).inverse() @ pose, stamp_ns,
-        )  # fmt: skip
+        target = torch.where(solid[:, None], solids.velocity[view, part], 0.0)
+        met = (hits.distance < spec.reach_m) & (hits.distance > 1.0) & (label != Label.EGO)
+        table = torch.cat([direction, target, torch.stack([hits.distance, label, met], 1)], 1).cpu().numpy()
+        clouds, back = {}, self.pose(sample_stamp_ns).inverse()
+        for k, rows in enumerate(np.split(table.astype(np.float64), len(specs))):
+            rows, stamp = rows[rows[:, 8] > 0], stamps_ns[k]
+            rng = np.random.default_rng([self.seed, stamp // 1000, *specs[k].role.encode()])
+            clouds[specs[k].role] = _detections(
+                specs[k], rng, rows[:, 6], rows[:, :3] @ poses[k].rotation,
+                ((rows[:, 3:6] - moving[k]) * rows[:, :3]).sum(1), moving[k] @ poses[k].rotation,
+                np.array(_RCS_DBSM)[rows[:, 7].astype(int)], back @ poses[k], stamp,
+            )  # fmt: skip
+        return clouds
 
     def inertial(self, first_ns: int, last_ns: int, rate_hz: float = 100.0) -> Imu:
         """IMU readings after first_ns up to last_ns."""
         stamps, rng = self._readings(first_ns, last_ns, rate_hz, 1)
-        spin, force = np.zeros((len(stamps), 3)), np.zeros((len(stamps), 3))
         bias = np.random.default_rng([self.seed, 11]).normal(0, 1, 6) * ([1e-3] * 3 + [0.02] * 3)
-        for k, stamp in enumerate(stamps):
-            t = self.clock.seconds(int(stamp))
-            ego, (_, w) = self.scene.ego.pose(t), self.scene.ego.velocity(t)
-            acceleration = self.scene.ego.position(t, 2) + np.array([0, 0, 9.81])
-            spin[k] = ego.rotation.T @ w + bias[:3] + rng.normal(0, 2e-3, 3)
-            force[k] = ego.rotation.T @ acceleration + bias[3:] + rng.normal(0, 0.03, 3)
+        t, ego = (stamps - self.clock.start_ns) * 1e-9, self.scene.ego
+        to_ego = ego.rotation(t).inv()
+        spin = to_ego.apply(ego.velocity(t)[1]) + bias[:3] + rng.normal(0, 2e-3, (len(t), 3))
+        force = to_ego.apply(ego.position(t, 2) + np.array([0, 0, 9.81])) + bias[3:] + rng.normal(0, 0.03, (len(t), 3))
         return Imu(stamps, spin, force)
 
     def odometry(self, first_ns: int, last_ns: int, rate_hz: float = 50.0) -> Odometry:
         """Wheel odometry readings after first_ns up to last_ns: 0.3 % of scale, noise."""
         stamps, rng = self._readings(first_ns, last_ns, rate_hz, 2)
         scale = 1 + 0.003 * np.random.default_rng([self.seed, 12]).normal()
-        linear, angular = np.zeros((len(stamps), 3)), np.zeros((len(stamps), 3))
-        for k, stamp in enumerate(stamps):
-            t = self.clock.seconds(int(stamp))
-            ego, (v, w) = self.scene.ego.pose(t), self.scene.ego.velocity(t)
-            linear[k] = ego.rotation.T @ v * scale + rng.normal(0, 0.02, 3)
-            angular[k] = ego.rotation.T @ w + rng.normal(0, 3e-3, 3)
+        t, ego = (stamps - self.clock.start_ns) * 1e-9, self.scene.ego
+        to_ego, (velocity, twist) = ego.rotation(t).inv(), ego.velocity(t)
+        linear = to_ego.apply(velocity) * scale + rng.normal(0, 0.02, (len(t), 3))
+        angular = to_ego.apply(twist) + rng.normal(0, 3e-3, (len(t), 3))
         return Odometry(stamps, linear, angular)
 
     def _readings(self, first_ns: int, last_ns: int, rate_hz: float, kind: int) -> tuple[Array, np.random.Generator]:

@@ -375,7 +375,7 @@ class _Spot:
         return torch.remainder(torch.sin(a * 12.9898 + b * 78.233 + self.seed * 37.719) * 43758.547, 1.0)
 
 
-def _mix(a: Tensor, b: Tensor | tuple[float, float, float], share: Tensor) -> Tensor:
+def _mix(a: Tensor, b: Tensor | tuple[float, ...], share: Tensor) -> Tensor:
     other = b if isinstance(b, Tensor) else torch.tensor(b, device=a.device)
     return a + (other - a) * share[:, None]
 

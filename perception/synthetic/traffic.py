@@ -66,7 +66,7 @@ class _Lane:
     stops: list[tuple[float, int]]  # (s of the stop line, junction)
 
 
-def _is_green(t: Array | float, offset: float, main: bool) -> Array:
+def _is_green(t: Array | float, offset: Array | float, main: bool) -> Array:
     phase = (np.asarray(t) + offset) % _PERIOD_S
     return phase < _MAIN_GREEN_S if main else (phase >= _SIDE_GREEN_S[0]) & (phase < _SIDE_GREEN_S[1])
 
@@ -233,7 +233,8 @@ class Traffic:
 
     def _showcase(self) -> list[tuple[int, float, float]]:
         """Places along the main road's kerbs (side, from s, to s) of what every scene must show near the ego's start."""
-        rng, road, taken = self.rng, self.roads[0], []
+        rng, road = self.rng, self.roads[0]
+        taken: list[tuple[int, float, float]] = []
         ahead, behind = np.arange(4.0, 34.0, 1.0), -np.arange(2.0, 28.0, 1.0)
         for label, room, sides in (
             (Label.CONSTRUCTION_VEHICLE, 17.0, (-1, 1)),

@@ -104,7 +104,9 @@ def boxes(
         for cloud in group:
             xyz = cloud.xyz_ego()
             near = cKDTree(xyz).query_ball_point(result.center, np.linalg.norm(result.size, axis=1) / 2 + 0.01)
-            total += [int(points_in_boxes(xyz[i], result.select([m])).sum()) if i else 0 for m, i in enumerate(near)]
+            total += [
+                int(points_in_boxes(xyz[i], result.select(np.array([m]))).sum()) if i else 0 for m, i in enumerate(near)
+            ]
         return total
 
     return Boxes3D(
