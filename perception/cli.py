@@ -72,7 +72,7 @@ def inspect(
     out.print(f"sample {i}, token {sample.token}, stamp {sample.stamp_ns} ns", highlight=False)
     out.print(rows_table(describe(sample, truth)))
     for path in write_pictures(folder, sample, truth):
-        out.print(f"wrote {path}")
+        out.print(f"wrote {path}", soft_wrap=True, highlight=False)
     if open3d:
         from perception.view3d import show
 
@@ -107,7 +107,7 @@ def evaluate(
     out.print(score_table(score))
     if result.subset:
         out.print(f"[yellow]a part of the split only: {result.samples} of {result.samples_of_split} samples[/]")
-    out.print(f"wrote {path}")
+    out.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
 @bench_app.command("sparse")

@@ -57,7 +57,7 @@ def test_inspect_tells_the_layout_from_the_folder_and_draws(perception, nuscenes
     done = perception("inspect", nuscenes, "--index", 1, "--out", tmp_path / "pictures")
     assert done.code == 0, done.err
     assert "NuScenes: 6 samples" in done.out
-    assert "500 points" in done.out
+    assert "1,000 points" in done.out  # the sweep of the sample before is accumulated
     assert "boxes pedestrian" in done.out
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["bev.png", "cameras.png"]
 

@@ -61,11 +61,18 @@ def car(rng: Rng) -> Array:
     look = {"label": Label.CAR, "seed": rng.random(), "color": paint}
     belt, tyre = waist * height, 0.33 if style != "suv" else 0.37
     parts = [
-        box((0, 0, (0.2 + belt) / 2), (length, width, belt - 0.2), lean=(0.22, 0.16, 0.14), texture=Texture.BODY, **look),
-        box((back * length, 0, (belt + height) / 2), (cabin * length, width - 0.12, height - belt),
-            lean=(front_lean, back_lean, 0.36), texture=Texture.CABIN, **look),
+        box(
+            (0, 0, (0.2 + belt) / 2), (length, width, belt - 0.2), lean=(0.22, 0.16, 0.14), texture=Texture.BODY, **look
+        ),
+        box(
+            (back * length, 0, (belt + height) / 2),
+            (cabin * length, width - 0.12, height - belt),
+            lean=(front_lean, back_lean, 0.36),
+            texture=Texture.CABIN,
+            **look,
+        ),
         *_wheels([0.3 * length, -0.3 * length], width / 2 + 0.01, tyre, 0.22, label=Label.CAR),
-    ]  # fmt: skip
+    ]
     mirror = (back + cabin / 2) * length - 0.75 * front_lean
     parts += [box((mirror, s * (width / 2 + 0.04), belt + 0.06), (0.12, 0.16, 0.13), **look) for s in (-1, 1)]
     return np.concatenate(parts)
@@ -96,8 +103,15 @@ def truck(rng: Rng) -> Array:
         *_wheels([front - 1.1, -front + 1.4, -front + 2.5], width / 2 - 0.05, 0.48, 0.28, label=Label.TRUCK),
     ]  # fmt: skip
     if rng.random() < 0.7:
-        parts.append(box((-cab / 2 - 0.1, 0, (1.0 + height) / 2), (length - cab - 0.25, width, height - 1.0), color=load,
-                         texture=Texture.STRIPES if rng.random() < 0.3 else Texture.ROOF, **look))  # fmt: skip
+        parts.append(
+            box(
+                (-cab / 2 - 0.1, 0, (1.0 + height) / 2),
+                (length - cab - 0.25, width, height - 1.0),
+                color=load,
+                texture=Texture.STRIPES if rng.random() < 0.3 else Texture.ROOF,
+                **look,
+            )
+        )
     else:  # tipper
         parts.append(
             box((-cab / 2 - 0.1, 0, 1.65), (length - cab - 0.4, width, 1.2), lean=(-0.3, -0.4, 0), color=load, **look)
@@ -196,8 +210,8 @@ def _rider(rng: Rng, hip: tuple[float, float], hands: tuple[float, float], feet:
 def bicycle(rng: Rng, ridden: bool) -> Array:
     paint, look = _pick(rng, _PAINTS), {"label": Label.BICYCLE}
     tubes = [((-0.5, 0, 0.34), (-0.15, 0, 0.3)), ((-0.15, 0, 0.3), (-0.3, 0, 0.85)), ((-0.15, 0, 0.3), (0.38, 0, 0.8)),
-             ((-0.28, 0, 0.75), (0.38, 0, 0.82)), ((0.38, 0, 0.95), (0.53, 0, 0.34)), ((-0.5, 0, 0.34), (-0.28, 0, 0.75)),
-             ((0.36, -0.27, 1.0), (0.36, 0.27, 1.0))]  # fmt: skip
+             ((-0.28, 0, 0.75), (0.38, 0, 0.82)), ((0.38, 0, 0.95), (0.53, 0, 0.34)),
+             ((-0.5, 0, 0.34), (-0.28, 0, 0.75)), ((0.36, -0.27, 1.0), (0.36, 0.27, 1.0))]  # fmt: skip
     parts = [rod(a, b, 0.025, color=paint, **look) for a, b in tubes]
     parts += [cylinder((x, 0, 0.34), 0.34, 0.05, _WHEEL, texture=Texture.WHEEL, color=_RUBBER, seed=2.0, **look)
               for x in (-0.5, 0.53)]  # fmt: skip

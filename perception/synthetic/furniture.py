@@ -13,9 +13,17 @@ from perception.types import Array
 
 Rng = np.random.Generator
 _WALLS = [
-    (0.42, 0.16, 0.10), (0.50, 0.26, 0.17), (0.62, 0.56, 0.46), (0.68, 0.66, 0.62), (0.45, 0.43, 0.40),
-    (0.55, 0.45, 0.30), (0.30, 0.32, 0.35), (0.60, 0.40, 0.32), (0.72, 0.68, 0.55), (0.33, 0.20, 0.15),
-]  # fmt: skip
+    (0.42, 0.16, 0.10),
+    (0.50, 0.26, 0.17),
+    (0.62, 0.56, 0.46),
+    (0.68, 0.66, 0.62),
+    (0.45, 0.43, 0.40),
+    (0.55, 0.45, 0.30),
+    (0.30, 0.32, 0.35),
+    (0.60, 0.40, 0.32),
+    (0.72, 0.68, 0.55),
+    (0.33, 0.20, 0.15),
+]
 _ROOFS = [(0.20, 0.08, 0.05), (0.12, 0.12, 0.13), (0.25, 0.14, 0.09), (0.16, 0.15, 0.14)]
 _LEAVES = [
     (0.065, 0.105, 0.03),
@@ -51,6 +59,9 @@ class Furniture:
             for x, shape in ((self._poles, (2, 3)), (self._signs, (4,)), (self._lights, (4,)))
         )
 
+    def _add(self, part: Array) -> None:
+        self._parts.append(part)
+
     def parts(self) -> Array:
         return np.concatenate([np.zeros(0, PART), *self._parts])
 
@@ -75,7 +86,7 @@ class Furniture:
         z = self._z(xy)
         foot, head = np.array([*xy, z]), np.array([*xy, z + height])
         self._poles.append(np.stack([foot, head]))
-        self._parts.append(rod(foot - [0, 0, 0.2], head, radius, label=Label.POLE, color=color))
+        self._add(rod(foot - [0, 0, 0.2], head, radius, label=Label.POLE, color=color))
         return z
 
     def _signals(self, road: Road, side: int) -> None:
@@ -94,11 +105,20 @@ class Furniture:
             z = self._pole(xy, 6.0, 0.09, (0.10, 0.11, 0.11))
             facing = float(road.heading(s)) + (np.pi if way == 1 else 0.0)
             arm = road.point(s, side * (road.half_width - road.parking_m - 1.5))
-            self._parts.append(rod([*xy, z + 5.8], [*arm, z + 5.9], 0.06, label=Label.POLE, color=(0.10, 0.11, 0.11)))
+            self._add(rod([*xy, z + 5.8], [*arm, z + 5.9], 0.06, label=Label.POLE, color=(0.10, 0.11, 0.11)))
             out = 0.14 * np.array([np.cos(facing), np.sin(facing)])
             for place, height in ((arm, 5.55), (xy + out, 3.0)):
-                self._parts.append(box([*place, z + height], (0.24, 0.34, 0.95), facing, label=Label.SIGN,
-                                       texture=Texture.SIGNAL, color=(0.02, 0.02, 0.02), seed=float(signal_seed)))  # fmt: skip
+                self._add(
+                    box(
+                        [*place, z + height],
+                        (0.24, 0.34, 0.95),
+                        facing,
+                        label=Label.SIGN,
+                        texture=Texture.SIGNAL,
+                        color=(0.02, 0.02, 0.02),
+                        seed=float(signal_seed),
+                    )
+                )
                 self._lights.append(np.array([*place, z + height, facing]))
 
     def _kerbside(self, road: Road, side: int, periodic: bool) -> None:
@@ -145,12 +165,19 @@ class Furniture:
         out = 0.06 * np.array([np.cos(facing), np.sin(facing)])
         at, seed, look = [*(xy + out), z + height], int(rng.integers(4)), {"label": Label.SIGN, "texture": Texture.SIGN}
         if seed < 2:
-            self._parts.append(
-                cylinder(at, 0.34, 0.03, turn(facing, np.pi / 2), seed=seed, color=(0.8, 0.8, 0.8), **look)
-            )
+            self._add(cylinder(at, 0.34, 0.03, turn(facing, np.pi / 2), seed=seed, color=(0.8, 0.8, 0.8), **look))
         else:
-            self._parts.append(box(at, (0.03, 0.62, 0.62), facing, tilt=(0, np.pi / 4 * (seed == 3)), seed=seed,
-                                   color=(0.03, 0.12, 0.45) if seed == 2 else (0.8, 0.5, 0.02), **look))  # fmt: skip
+            self._add(
+                box(
+                    at,
+                    (0.03, 0.62, 0.62),
+                    facing,
+                    tilt=(0, np.pi / 4 * (seed == 3)),
+                    seed=seed,
+                    color=(0.03, 0.12, 0.45) if seed == 2 else (0.8, 0.5, 0.02),
+                    **look,
+                )
+            )
         self._signs.append(np.array([*at, facing]))
 
     def _tree(self, xy: Array, height: float, street: bool = False) -> None:
@@ -159,9 +186,7 @@ class Furniture:
         lean = rng.normal(0, 0.12, 2)
         top = np.array([*(xy + lean), z + height * 0.72])
         bark = (0.10, 0.075, 0.055)
-        self._parts.append(
-            rod([*xy, z - 0.2], top, 0.05 + 0.014 * height, label=Label.TRUNK, texture=Texture.BARK, color=bark)
-        )
+        self._add(rod([*xy, z - 0.2], top, 0.05 + 0.014 * height, label=Label.TRUNK, texture=Texture.BARK, color=bark))
         leaf = np.array(_LEAVES[int(rng.integers(len(_LEAVES)))]) * rng.uniform(0.8, 1.2)
         wide = height * rng.uniform(0.30, 0.42) if street else height * rng.uniform(0.36, 0.52)
         middle = z + (clear + height) / 2
@@ -170,33 +195,43 @@ class Furniture:
             around = 2 * np.pi * k / count * 2.4 + rng.uniform(-0.4, 0.4)
             level = (k + 0.5) / count * 2 - 1
             reach = wide * 0.74 * np.sqrt(max(0.0, 1 - level**2)) * rng.uniform(0.7, 1.1)
-            center = [xy[0] + lean[0] + reach * np.cos(around), xy[1] + lean[1] + reach * np.sin(around),
-                      middle + level * (height - clear) * 0.36]  # fmt: skip
+            center = [
+                xy[0] + lean[0] + reach * np.cos(around),
+                xy[1] + lean[1] + reach * np.sin(around),
+                middle + level * (height - clear) * 0.36,
+            ]
             size = wide * rng.uniform(0.6, 1.05) * np.array([1, 1, 0.82])
             shade = leaf * rng.uniform(0.85, 1.15)
-            self._parts.append(ellipsoid(center, size, rng.uniform(0, 3), label=Label.FOLIAGE, texture=Texture.FOLIAGE,
-                                         color=shade, seed=rng.random()))  # fmt: skip
-            if k % 4 == 0:
-                self._parts.append(
-                    rod([*xy, z + clear], center, 0.05, label=Label.TRUNK, texture=Texture.BARK, color=bark)
+            self._add(
+                ellipsoid(
+                    center,
+                    size,
+                    rng.uniform(0, 3),
+                    label=Label.FOLIAGE,
+                    texture=Texture.FOLIAGE,
+                    color=shade,
+                    seed=rng.random(),
                 )
+            )
+            if k % 4 == 0:
+                self._add(rod([*xy, z + clear], center, 0.05, label=Label.TRUNK, texture=Texture.BARK, color=bark))
 
     def _small(self, xy: Array, inward: float) -> None:
         rng, z, look = self.rng, self._z(xy), {"label": Label.FURNITURE}
         kind = rng.integers(4)
         if kind == 0:  # litter bin
-            self._parts.append(cylinder([*xy, z + 0.45], 0.24, 0.9, color=(0.05, 0.14, 0.07), **look))
+            self._add(cylinder([*xy, z + 0.45], 0.24, 0.9, color=(0.05, 0.14, 0.07), **look))
         elif kind == 1:  # bench
-            self._parts.append(box([*xy, z + 0.43], (0.42, 1.6, 0.07), inward, color=(0.25, 0.14, 0.07), **look))
+            self._add(box([*xy, z + 0.43], (0.42, 1.6, 0.07), inward, color=(0.25, 0.14, 0.07), **look))
             back = xy - 0.22 * np.array([np.cos(inward), np.sin(inward)])
-            self._parts.append(box([*back, z + 0.7], (0.05, 1.6, 0.4), inward, color=(0.25, 0.14, 0.07), **look))
-            self._parts.append(box([*xy, z + 0.2], (0.3, 1.3, 0.4), inward, color=(0.05, 0.05, 0.05), **look))
+            self._add(box([*back, z + 0.7], (0.05, 1.6, 0.4), inward, color=(0.25, 0.14, 0.07), **look))
+            self._add(box([*xy, z + 0.2], (0.3, 1.3, 0.4), inward, color=(0.05, 0.05, 0.05), **look))
         elif kind == 2:  # cabinet
-            self._parts.append(box([*xy, z + 0.6], (0.4, 0.9, 1.2), inward, color=(0.30, 0.33, 0.32), **look))
+            self._add(box([*xy, z + 0.6], (0.4, 0.9, 1.2), inward, color=(0.30, 0.33, 0.32), **look))
         else:  # bollards
             for k in range(-1, 2):
                 at = xy + 1.2 * k * np.array([-np.sin(inward), np.cos(inward)])
-                self._parts.append(cylinder([*at, z + 0.45], 0.07, 0.9, label=Label.POLE, color=(0.08, 0.08, 0.08)))
+                self._add(cylinder([*at, z + 0.45], 0.07, 0.9, label=Label.POLE, color=(0.08, 0.08, 0.08)))
 
     def _shelter(self, xy: Array, inward: float) -> None:
         z, look = self._z(xy), {"label": Label.FURNITURE}
@@ -204,13 +239,18 @@ class Furniture:
         self._parts += [
             box([*xy, z + 2.45], (1.5, 3.6, 0.1), inward, color=(0.12, 0.13, 0.14), **look),
             box([*back, z + 1.25], (0.05, 3.4, 2.1), inward, texture=Texture.GLASS, color=(0.3, 0.36, 0.38), **look),
-            box([*(back + 0.3 * np.array([np.cos(inward), np.sin(inward)])), z + 0.45], (0.35, 2.4, 0.06), inward,
-                color=(0.3, 0.17, 0.09), **look),
-        ]  # fmt: skip
+            box(
+                [*(back + 0.3 * np.array([np.cos(inward), np.sin(inward)])), z + 0.45],
+                (0.35, 2.4, 0.06),
+                inward,
+                color=(0.3, 0.17, 0.09),
+                **look,
+            ),
+        ]
         along = np.array([-np.sin(inward), np.cos(inward)])
         for k in (-1.7, 1.7):
             at = xy + k * along + 0.55 * np.array([np.cos(inward), np.sin(inward)])
-            self._parts.append(rod([*at, z - 0.1], [*at, z + 2.45], 0.04, color=(0.12, 0.13, 0.14), **look))
+            self._add(rod([*at, z - 0.1], [*at, z + 2.45], 0.04, color=(0.12, 0.13, 0.14), **look))
         self._taken.append((np.asarray(xy), 2.2))
 
     def _frontage(self, road: Road, side: int) -> None:
@@ -264,32 +304,70 @@ class Furniture:
         ahead, along = np.array([-np.sin(yaw), np.cos(yaw)]), np.array([np.cos(yaw), np.sin(yaw)])
         shop = rng.random() < 0.6
         self._parts += [
-            box([*xy, z + (ground_floor + 0.6) / 2], (width, depth, ground_floor + 0.6), yaw, color=wall * 0.9,
-                texture=Texture.SHOP if shop else Texture.FACADE, **look),
-            box([*xy, z + 0.6 + ground_floor + (height - ground_floor) / 2], (width, depth, height - ground_floor), yaw,
-                color=wall, texture=Texture.FACADE, **look),
+            box(
+                [*xy, z + (ground_floor + 0.6) / 2],
+                (width, depth, ground_floor + 0.6),
+                yaw,
+                color=wall * 0.9,
+                texture=Texture.SHOP if shop else Texture.FACADE,
+                **look,
+            ),
+            box(
+                [*xy, z + 0.6 + ground_floor + (height - ground_floor) / 2],
+                (width, depth, height - ground_floor),
+                yaw,
+                color=wall,
+                texture=Texture.FACADE,
+                **look,
+            ),
             box([*xy, z + 0.6 + height + 0.2], (width + 0.5, depth + 0.5, 0.4), yaw, color=trim, **look),
             box([*xy, z + 0.6 + ground_floor], (width + 0.3, depth + 0.3, 0.25), yaw, color=trim, **look),
-        ]  # fmt: skip
+        ]
         if rng.random() < 0.4:
-            self._parts.append(box([*xy, z + 0.6 + height + 1.2], (width - 0.4, depth - 0.4, 2.0), yaw,
-                                   lean=(2.2, 2.2, 4.4), texture=Texture.ROOF, color=_ROOFS[int(rng.integers(4))], **look))  # fmt: skip
+            self._add(
+                box(
+                    [*xy, z + 0.6 + height + 1.2],
+                    (width - 0.4, depth - 0.4, 2.0),
+                    yaw,
+                    lean=(2.2, 2.2, 4.4),
+                    texture=Texture.ROOF,
+                    color=_ROOFS[int(rng.integers(4))],
+                    **look,
+                )
+            )
         else:
             at = xy + along * rng.uniform(-0.3, 0.3) * width
-            self._parts.append(box([*at, z + height + 1.6], (3.0, 3.0, 2.2), yaw, color=trim, **look))
+            self._add(box([*at, z + height + 1.6], (3.0, 3.0, 2.2), yaw, color=trim, **look))
         if rng.random() < 0.5:  # balconies
             columns = rng.choice([-0.33, 0.0, 0.33], size=int(rng.integers(1, 4)), replace=False)
             for floor in range(floors):
                 for c in columns:
                     at = xy + ahead * (depth / 2 + 0.5) + along * c * width
                     base = z + 0.6 + ground_floor + floor * storey
-                    self._parts.append(box([*at, base + 0.1], (2.6, 1.1, 0.16), yaw, color=trim, **look))
-                    self._parts.append(box([*(at + 0.5 * ahead), base + 0.6], (2.6, 0.06, 0.95), yaw, texture=Texture.GLASS,
-                                           color=wall * 0.5, **look))  # fmt: skip
+                    self._add(box([*at, base + 0.1], (2.6, 1.1, 0.16), yaw, color=trim, **look))
+                    self._add(
+                        box(
+                            [*(at + 0.5 * ahead), base + 0.6],
+                            (2.6, 0.06, 0.95),
+                            yaw,
+                            texture=Texture.GLASS,
+                            color=wall * 0.5,
+                            **look,
+                        )
+                    )
         if shop and rng.random() < 0.6:
             at = xy + ahead * (depth / 2 + 0.6) + along * rng.uniform(-0.2, 0.2) * width
-            self._parts.append(box([*at, z + 3.5], (width * 0.4, 1.2, 0.1), yaw, tilt=(0, -0.25), texture=Texture.STRIPES,
-                                   color=rng.uniform(0.05, 0.5, 3), **look))  # fmt: skip
+            self._add(
+                box(
+                    [*at, z + 3.5],
+                    (width * 0.4, 1.2, 0.1),
+                    yaw,
+                    tilt=(0, -0.25),
+                    texture=Texture.STRIPES,
+                    color=rng.uniform(0.05, 0.5, 3),
+                    **look,
+                )
+            )
 
     def _house(self, xy: Array, width: float, depth: float, yaw: float) -> None:
         rng = self.rng
@@ -298,13 +376,25 @@ class Furniture:
         roof, rise = _ROOFS[int(rng.integers(4))], rng.uniform(2.2, 3.2)
         self._parts += [
             box([*xy, z + height / 2], (width, depth, height), yaw, color=wall, texture=Texture.FACADE, **look),
-            box([*xy, z + height + rise / 2], (width + 0.8, depth + 0.8, rise), yaw, lean=(0, 0, 2 * depth / 2 * 1.06),
-                texture=Texture.ROOF, color=roof, **look),
-            box([*(xy + 0.3 * width * np.array([np.cos(yaw), np.sin(yaw)])), z + height + rise * 0.7], (0.7, 0.7, rise + 0.6),
-                yaw, color=(0.25, 0.12, 0.09), **look),
-        ]  # fmt: skip
+            box(
+                [*xy, z + height + rise / 2],
+                (width + 0.8, depth + 0.8, rise),
+                yaw,
+                lean=(0, 0, 2 * depth / 2 * 1.06),
+                texture=Texture.ROOF,
+                color=roof,
+                **look,
+            ),
+            box(
+                [*(xy + 0.3 * width * np.array([np.cos(yaw), np.sin(yaw)])), z + height + rise * 0.7],
+                (0.7, 0.7, rise + 0.6),
+                yaw,
+                color=(0.25, 0.12, 0.09),
+                **look,
+            ),
+        ]
         door = xy + np.array([-np.sin(yaw), np.cos(yaw)]) * (depth / 2 + 0.03)
-        self._parts.append(box([*door, z + 1.65], (1.0, 0.08, 2.1), yaw, color=rng.uniform(0.02, 0.3, 3), **look))
+        self._add(box([*door, z + 1.65], (1.0, 0.08, 2.1), yaw, color=rng.uniform(0.02, 0.3, 3), **look))
 
     def _gap(self, road: Road, side: int, s: float, gap: float, edge: float) -> None:
         rng = self.rng
@@ -313,11 +403,29 @@ class Furniture:
             return
         z, kind = self._z(middle), rng.random()
         if kind < 0.45:
-            self._parts.append(box([*middle, z + 0.6], (gap, 0.7, 1.3), yaw, label=Label.FOLIAGE, texture=Texture.FOLIAGE,
-                                   color=_LEAVES[int(rng.integers(5))], seed=rng.random()))  # fmt: skip
+            self._add(
+                box(
+                    [*middle, z + 0.6],
+                    (gap, 0.7, 1.3),
+                    yaw,
+                    label=Label.FOLIAGE,
+                    texture=Texture.FOLIAGE,
+                    color=_LEAVES[int(rng.integers(5))],
+                    seed=rng.random(),
+                )
+            )
         elif kind < 0.8:
-            self._parts.append(box([*middle, z + 0.7], (gap, 0.08, 1.5), yaw, label=Label.FENCE, texture=Texture.BARK,
-                                   color=(0.22, 0.15, 0.09), seed=rng.random()))  # fmt: skip
+            self._add(
+                box(
+                    [*middle, z + 0.7],
+                    (gap, 0.08, 1.5),
+                    yaw,
+                    label=Label.FENCE,
+                    texture=Texture.BARK,
+                    color=(0.22, 0.15, 0.09),
+                    seed=rng.random(),
+                )
+            )
         if rng.random() < 0.6:
             self._tree(road.point(s + gap / 2, side * (edge + 4)), rng.uniform(5, 9))
 
@@ -335,5 +443,12 @@ class Furniture:
                 self._tree(xy, self.rng.uniform(5, 11))
             else:
                 z, size = self._z(xy), self.rng.uniform(0.8, 2.0)
-                self._parts.append(ellipsoid([*xy, z + size * 0.3], (size, size * 1.2, size), label=Label.FOLIAGE,
-                                             texture=Texture.FOLIAGE, color=_LEAVES[int(self.rng.integers(5))]))  # fmt: skip
+                self._add(
+                    ellipsoid(
+                        [*xy, z + size * 0.3],
+                        (size, size * 1.2, size),
+                        label=Label.FOLIAGE,
+                        texture=Texture.FOLIAGE,
+                        color=_LEAVES[int(self.rng.integers(5))],
+                    )
+                )

@@ -298,8 +298,9 @@ def _candidates(solids: Solids, grid: RayGrid) -> tuple[Tensor, Tensor, Tensor, 
     near = ((solids.center - grid.origin[:, None]).norm(dim=-1) - radius - 1.5).clamp_min(0)
     first_row, last_row, first_column, last_column, seen = grid.rectangle(corners)
     seen = seen & (near < grid.reach_m) & ((solids.views & grid.sees) > 0)
-    if isinstance(grid, Orthographic):
-        near = torch.zeros_like(near)
+    if isinstance(grid, Orthographic):  # along the common direction
+        depth = ((solids.center - grid.corner[:, None]) * grid.rotation[:, None, :, 2]).sum(-1)
+        near = (depth - radius).clamp_min(0)
     view, part = seen.nonzero(as_tuple=True)
     order = near[view, part].argsort(stable=True)
     view, part = view[order], part[order]

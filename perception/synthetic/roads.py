@@ -243,16 +243,15 @@ def paint_road(painter: Painter, road: Road, style: Style, marks: SemanticMap, m
         for end, inward, arriving in ((first, 1, k > 0), (last, -1, k + 2 < len(edges))):
             if not arriving:
                 continue
-            across = -inward * np.array([-1, 1])  # vehicles arriving at this end keep right
-            lateral = np.array([0.0, float(across[0]) * (road.lanes_m + road.bike_m)])
-            low, high = float(lateral.min()), float(lateral.max())
+            across = inward * (road.lanes_m + road.bike_m)  # vehicles arriving at this end keep right
+            low, high = min(0.0, across), max(0.0, across)
             outline = road.point(np.array([end, end, end + inward * 0.4, end + inward * 0.4]),
                                  np.array([low, high, high, low]))  # fmt: skip
             painter.polygon(outline)
             marks.stop_lines.append(outline[:2])
             _crossing(painter, road, marks, end - inward * STOP_LINE_M, inward)
             for i in range(road.lanes):
-                _arrow(painter, road, end + inward * 9, float(across[0]) * (i + 0.5) * road.lane_width_m, -inward)
+                _arrow(painter, road, end + inward * 9, inward * (i + 0.5) * road.lane_width_m, -inward)
 
 
 def _crossing(painter: Painter, road: Road, marks: SemanticMap, edge: float, inward: int) -> None:

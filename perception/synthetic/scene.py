@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ class Scene:
     tracks: Array  # (A, T, 3): x, y m and yaw rad of every agent each STEP_S
 
     @staticmethod
+    @lru_cache(maxsize=4)
     def build(seed: int, duration_s: float, periodic_furniture: bool = False) -> Scene:
         """A scene from its seed; `duration_s` of driving."""
         rng = np.random.default_rng([seed, 0xC17])
@@ -85,7 +87,7 @@ class Scene:
         return Scene(style, ground, marks, traffic.agents, np.concatenate(parts), ego, traffic, tracks)
 
     def agent_poses(self, t_s: float) -> tuple[Array, Array, Array]:
-        """map_from_agent at t: rotations (A + 1, 3, 3), translations (A + 1, 3), velocities (A + 1, 3); 0 is the map."""
+        """map_from_agent at t: rotations, translations, velocities of A + 1 frames; 0 is the map."""
 
         def at(t: float) -> Array:
             t = min(max(t / STEP_S, 0.0), self.tracks.shape[1] - 1.001)

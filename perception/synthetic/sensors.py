@@ -518,7 +518,8 @@ def _detections(
     fields = {
         "rcs": rcs, "snr": snr, "power": rcs - 40 * np.log10(np.maximum(distance, 1)) + 80,
         "radial_velocity": radial, "radial_velocity_comp": compensated,
-        "vx": radial * u[:, 0], "vy": radial * u[:, 1], "vx_comp": compensated * u[:, 0], "vy_comp": compensated * u[:, 1],
+        "vx": radial * u[:, 0], "vy": radial * u[:, 1],
+        "vx_comp": compensated * u[:, 0], "vy_comp": compensated * u[:, 1],
         "motion_state": (np.abs(compensated) > 0.5).astype(float), "valid_flag": real.astype(float),
     }  # fmt: skip
     return PointCloud(

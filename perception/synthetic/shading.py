@@ -121,12 +121,12 @@ class Shadows:
     cover: Tensor
 
     @staticmethod
-    def cast(solids: Solids, light: Light, center: Tensor, reach_m: float = 66.0, chunk: int = 1 << 17) -> Shadows:
+    def cast(solids: Solids, light: Light, center: Tensor, reach_m: float = 56.0, chunk: int = 1 << 17) -> Shadows:
         side = torch.cross(torch.tensor([0.0, 0.0, 1.0], device=center.device), light.sun, dim=0)
         side = side / side.norm()
         rotation = torch.stack([side, torch.cross(-light.sun, side, dim=0), -light.sun], 1)[None]
         first = replace_view(solids)
-        step, plan_step = 0.11, 0.25
+        step, plan_step = 0.125, 0.25
         count = int(2 * reach_m / step)
         corner = center + light.sun * 150 - rotation[0] @ torch.tensor([reach_m, reach_m, 0.0], device=center.device)
         view = Orthographic(rotation, corner[None], step, count, count)

@@ -232,7 +232,7 @@ class Traffic:
                     s += room + rng.uniform(0, 1.0)
 
     def _showcase(self) -> list[tuple[int, float, float]]:
-        """Places along the main road's kerbs (side, from s, to s) of what every scene must show near the ego's start."""
+        """Kerb places (side, from s, to s) of what every scene must show near the ego's start."""
         rng, road = self.rng, self.roads[0]
         taken: list[tuple[int, float, float]] = []
         ahead, behind = np.arange(4.0, 34.0, 1.0), -np.arange(2.0, 28.0, 1.0)
@@ -279,11 +279,11 @@ class Traffic:
             at = road.point(s + 1.2, lateral + (k - 0.5) * 0.1) if k == 0 else road.point(s + room - 0.6, lateral)
             self._place(Label.BARRIER, shapes.barrier(rng), at, yaw, needed=k == 0)
         for k in range(int(room / 2.4) - 1):
-            at, cone = s + 2.4 + 2.4 * k, k % 3 != 1
-            if cone:
-                self._place(Label.TRAFFIC_CONE, shapes.traffic_cone(rng), road.point(at, edge), yaw, needed=k < 4)
+            place = road.point(s + 2.4 + 2.4 * k, edge)
+            if k % 3 != 1:
+                self._place(Label.TRAFFIC_CONE, shapes.traffic_cone(rng), place, yaw, needed=k < 4)
             else:
-                self._place(Label.BARRIER, shapes.barrier(rng), road.point(at, edge), yaw + np.pi / 2, needed=False)
+                self._place(Label.BARRIER, shapes.barrier(rng), place, yaw + np.pi / 2, needed=False)
 
     def _people(self) -> None:
         rng, main, t = self.rng, self.roads[0], np.arange(self.steps) * STEP_S
@@ -315,9 +315,9 @@ class Traffic:
             s, side = self.start_s + rng.uniform(-5, 35), rng.choice([-1, 1])
             for i in range(int(rng.integers(1, 4))):
                 if main.clear(s + i, 4):
-                    xy = main.point(s + 0.7 * i, side * (main.half_width + self.style.sidewalk_m - 0.6))
-                    yaw = float(main.heading(s)) + np.pi / 2 + 0.2
-                    self._place(Label.BICYCLE, shapes.bicycle(rng, False), xy, yaw)
+                    place = main.point(s + 0.7 * i, side * (main.half_width + self.style.sidewalk_m - 0.6))
+                    across = float(main.heading(s)) + np.pi / 2 + 0.2
+                    self._place(Label.BICYCLE, shapes.bicycle(rng, False), place, across)
 
     def _remove_overlaps(self) -> None:
         """Drop agents, the needed ones last, until no two ever touch."""

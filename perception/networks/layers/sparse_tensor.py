@@ -166,9 +166,10 @@ class SparseTensor:
     def to_dense(self) -> Tensor:
         """(B, C, Z, Y, X), zero at inactive sites."""
         grid = (self.batch_size, *self.spatial_shape)
-        dense = self.features.new_zeros(math.prod(grid), self.features.shape[1])
-        dense = dense.index_copy(0, site_keys(self.indices, self.spatial_shape), self.features)
-        return dense.view(*grid, -1).permute(0, 4, 1, 2, 3).contiguous()
+        channels = self.features.shape[1]
+        dense = self.features.new_zeros(channels, math.prod(grid))
+        dense.index_copy_(1, site_keys(self.indices, self.spatial_shape), self.features.t())
+        return dense.view(channels, *grid).transpose(0, 1).contiguous()
 
 
 def triple(value: int | Triple, name: str, least: int) -> Triple:

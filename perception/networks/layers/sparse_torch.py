@@ -1,17 +1,17 @@
-"""Sparse convolution in plain torch: sorted integer keys find the neighbours, then gather, multiply, scatter.
+"""Sparse convolution in plain torch: sorted integer keys find the neighbours, then gather and multiply.
 
-A convolution is a sum over kernel taps. For each tap, a *kernel map* lists the pairs (input row, output row) that it
-joins; the input rows of the pairs are gathered, multiplied by the tap's matrix, and added to their output rows::
+A *neighbour table* (taps, outputs) says which input row each tap of the kernel reads for each output row. Sums over it
+run in a fixed order, without atomic additions, so that results are equal to the bit from run to run:
 
-    indices (V, 4) --map--> pairs per tap --gather--> (P, in) --GEMM--> (P, out) --add--> (V_out, out)
+* On CUDA the rows are gathered side by side, zeros where there is no neighbour, and multiplied at once:
+  (outputs, taps * in) @ (taps * in, out). Multiplying zeros is cheaper there than many small products.
+* On the CPU it is dearer: the neighbours that a tap does have are gathered, multiplied by its matrix and added to their
+  output rows, none of which occurs twice within a tap. Half types are summed over taps in float32.
 
-* **Finding pairs.** Each site has one int64 key that grows with (batch, z, y, x) in a grid widened by the kernel's
-  reach, so that a neighbour is the key plus a constant and never wraps into the next row. Within a row of the kernel
-  the positions in the sorted keys follow from one another, and half of a submanifold kernel mirrors the other half:
-  3x3x3 taps take four binary searches per site.
-* **Deterministic.** An output row occurs at most once per tap, and taps are added in order: no two additions race, so
-  results are equal to the bit from run to run, on CUDA too.
-* **Precision.** Half types are multiplied as they are and summed over taps in float32.
+Finding neighbours: each site has one int64 key that grows with (batch, z, y, x) in a grid widened by the kernel's
+reach, so that a neighbour is the key plus a constant and never wraps into the next row. Within a row of the kernel the
+positions in the sorted keys follow from one another, and half of a submanifold kernel mirrors the other half: 3x3x3
+taps take four binary searches per site.
 
 Works on CPU and CUDA, float64, float32, float16 and bfloat16, forward and backward, with any number of sites.
 """
@@ -19,8 +19,9 @@ Works on CPU and CUDA, float64, float32, float16 and bfloat16, forward and backw
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,28 +31,47 @@ from torch.autograd.function import once_differentiable
 Triple = tuple[int, int, int]
 """One number per axis (z, y, x)."""
 
+# Numbers gathered at a time on CUDA, to bound memory: 256 MiB of float32.
+_GATHER_LIMIT = 2**26
+
+
+class Neighbours:
+    """Which input row each tap reads for each output row.
+
+    Attributes:
+        table: (taps, outputs) int64 input rows, taps in row-major (z, y, x) order; `num_in` where there is none.
+        num_in: input rows.
+        identity: the tap that reads row i for row i, or None.
+    """
+
+    def __init__(self, table: Tensor, num_in: int, identity: int | None = None) -> None:
+        self.table = table
+        self.num_in = num_in
+        self.identity = identity
+
+    @cached_property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Per tap, the rows (P,) of inputs and (P,) of outputs that it joins; none for `identity`, where all are."""
+        num_out = self.table.shape[1]
+        table = self.table.flatten()
+        exists = self.table < self.num_in
+        if self.identity is not None:
+            exists[self.identity] = False
+        counts = exists.sum(1).tolist()
+        at = exists.flatten().nonzero().squeeze(1)
+        return list(zip(table.take(at).split(counts), (at % max(1, num_out)).split(counts), strict=True))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KernelMap:
-    """Which input row meets which output row, through which kernel tap.
+    """The neighbours of outputs among inputs and, for gradients and inverse convolutions, the other way round."""
 
-    Attributes:
-        pairs: per tap, in row-major (z, y, x) order, the int64 rows (P,) of inputs and (P,) of outputs, output rows
-            unique.
-        identity: the tap that joins every row with itself (its `pairs` are empty), or None.
-        num_in: input rows.
-        num_out: output rows.
-    """
+    forward: Neighbours
+    backward: Neighbours
 
-    pairs: tuple[tuple[Tensor, Tensor], ...]
-    identity: int | None
-    num_in: int
-    num_out: int
-
-    def inverse(self) -> KernelMap:
-        """The map from outputs to inputs, each pair through the same tap."""
-        swapped = tuple((out_row, in_row) for in_row, out_row in self.pairs)
-        return KernelMap(swapped, self.identity, self.num_out, self.num_in)
+    @property
+    def num_out(self) -> int:
+        return self.backward.num_in
 
 
 def site_keys(indices: Tensor, extent: Triple) -> Tensor:
@@ -67,39 +87,39 @@ def submanifold_map(
 
     The kernel is odd on every axis; tap k of an axis reads the site at `(k - kernel_size // 2) * dilation`.
     """
+    num = len(indices)
     reach = [k // 2 * d for k, d in zip(kernel_size, dilation, strict=True)]
     extent = (spatial_shape[0] + reach[0], spatial_shape[1] + reach[1], spatial_shape[2] + reach[2])
     keys, order = site_keys(indices, extent).sort()
     offsets = [[k * d - r for k in range(size)] for size, d, r in zip(kernel_size, dilation, reach, strict=True)]
     steps = [(dz * extent[1] + dy) * extent[2] + dx for dz, dy, dx in itertools.product(*offsets)]
     centre = len(steps) // 2
-    after = [(order.take(neighbour), order.take(site)) for neighbour, site in _find_neighbours(keys, steps[centre + 1 :])]
-    before = [(site, neighbour) for neighbour, site in reversed(after)]
-    itself = (order[:0], order[:0])
-    return KernelMap((*before, itself, *after), centre, len(indices), len(indices))
+    row = torch.cat([order, order.new_full((1,), num)])  # of a position in the sorted keys; `num` past the last
+    table = order.new_full(
+        (len(steps), num + 1), num
+    )  # one column more than rows: sites without the neighbour write there
+    table[centre, :num] = torch.arange(num, device=indices.device)
+    for i, position in enumerate(_find_neighbours(keys, steps[centre + 1 :]), start=1):
+        neighbour = row.take(position)
+        table[centre + i].index_copy_(0, order, neighbour)
+        table[centre - i].index_copy_(0, neighbour, order)
+    table = table[:, :num]
+    return KernelMap(Neighbours(table, num, centre), Neighbours(table.flip(0), num, centre))
 
 
-def _find_neighbours(keys: Tensor, steps: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """For each step, the positions (P,) of `key + step` and of `key`, in sorted unique keys (V,) that hold both."""
-    if not steps or not len(keys):
-        return [(keys[:0], keys[:0]) for _ in steps]
+def _find_neighbours(keys: Tensor, steps: Sequence[int]) -> Iterator[Tensor]:
+    """For each step, the position (V,) of `key + step` in the sorted unique keys (V,), or V where it is not there."""
+    num = len(keys)
     fenced = torch.cat([keys, keys.new_full((1,), torch.iinfo(torch.int64).max)])  # a search may end past the last key
-    positions, hits = [], []
     last_step = 0
-    position, hit = torch.arange(len(keys), device=keys.device), torch.ones_like(keys, dtype=torch.bool)
+    position, found = torch.arange(num, device=keys.device), torch.ones_like(keys, dtype=torch.bool)
     for step in steps:
         wanted = keys + step
-        # Where the last step was one less, a key at or after `wanted` is where the last search ended, or just after.
-        position = position + hit if step == last_step + 1 else torch.searchsorted(keys, wanted)
-        hit = fenced.take(position) == wanted
+        # If the last step was one less, the search ends where the last one did, or just after what that one found.
+        position = position + found if step == last_step + 1 else torch.searchsorted(keys, wanted)
+        found = fenced.take(position) == wanted
         last_step = step
-        positions.append(position)
-        hits.append(hit)
-    hit = torch.stack(hits)  # (steps, V)
-    flat = hit.flatten().nonzero().squeeze(1)
-    counts = hit.sum(1).tolist()
-    neighbour = torch.stack(positions).take(flat)
-    return list(zip(neighbour.split(counts), (flat % len(keys)).split(counts), strict=True))
+        yield position.where(found, num)
 
 
 def strided_map(
@@ -130,10 +150,11 @@ def strided_map(
     kz, ky, kx = _unravel(tap, kernel_size)
     reached_site = torch.stack([batch[in_row], outs[0][kz, in_row], outs[1][ky, in_row], outs[2][kx, in_row]], 1)
     keys, out_row = site_keys(reached_site, out_shape).unique(return_inverse=True)
-    counts = valid.sum(1).tolist()
-    pairs = tuple(zip(in_row.split(counts), out_row.split(counts), strict=True))
+    num_in, num_out = len(indices), len(keys)
+    forward = in_row.new_full((len(valid), num_out), num_in).index_put_((tap, out_row), in_row)
+    backward = in_row.new_full((len(valid), num_in), num_out).index_put_((tap, in_row), out_row)
     out_indices = torch.stack(_unravel(keys, (batch_size, *out_shape)), 1).int()
-    return KernelMap(pairs, None, len(indices), len(keys)), out_indices
+    return KernelMap(Neighbours(forward, num_in), Neighbours(backward, num_out)), out_indices
 
 
 def _unravel(flat: Tensor, shape: Sequence[int]) -> list[Tensor]:
@@ -147,7 +168,8 @@ def _unravel(flat: Tensor, shape: Sequence[int]) -> list[Tensor]:
 
 def convolve(features: Tensor, weight: Tensor, kernel_map: KernelMap, inverse: bool = False) -> Tensor:
     """Features (num_in, in) to (num_out, out) by weight (out, kz, ky, kx, in) over a map, or its inverse."""
-    result: Tensor = _Convolution.apply(features, weight, kernel_map.inverse() if inverse else kernel_map)
+    there, back = (kernel_map.backward, kernel_map.forward) if inverse else (kernel_map.forward, kernel_map.backward)
+    result: Tensor = _Convolution.apply(features, weight, there, back)
     return result
 
 
@@ -155,40 +177,64 @@ class _Convolution(torch.autograd.Function):
     # Written out because autograd would keep every tap's gathered rows alive until the backward pass.
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, kernel_map: KernelMap) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, there: Neighbours, back: Neighbours) -> Tensor:
         ctx.save_for_backward(features, weight)
-        ctx.kernel_map = kernel_map
-        taps = weight.flatten(1, 3).unbind(1)  # taps x (out, in)
-        return _gather_multiply_add(features, [tap.t() for tap in taps], kernel_map)
+        ctx.there, ctx.back = there, back
+        return _multiply(features, weight.flatten(1).t(), there)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         features, weight = ctx.saved_tensors
-        kernel_map: KernelMap = ctx.kernel_map
         grad_features = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_features = _gather_multiply_add(grad_out, weight.flatten(1, 3).unbind(1), kernel_map.inverse())
+            matrix = weight.flatten(1, 3).transpose(0, 1).flatten(0, 1)  # (taps * out, in)
+            grad_features = _multiply(grad_out, matrix, ctx.back)
         if ctx.needs_input_grad[1]:
-            taps = [
-                grad_out.t() @ features
-                if tap == kernel_map.identity
-                else grad_out.index_select(0, out_row).t() @ features.index_select(0, in_row)
-                for tap, (in_row, out_row) in enumerate(kernel_map.pairs)
-            ]
-            grad_weight = torch.stack(taps, 1).view_as(weight)
-        return grad_features, grad_weight, None
+            grad_weight = _weight_gradient(features, grad_out, ctx.there).view_as(weight)
+        return grad_features, grad_weight, None, None
 
 
-def _gather_multiply_add(features: Tensor, taps: Sequence[Tensor], kernel_map: KernelMap) -> Tensor:
-    """Rows (num_out, out): the sum over taps (in, out) of the gathered features (num_in, in) times the tap."""
-    half = features.dtype in (torch.float16, torch.bfloat16)
-    total_dtype = torch.float32 if half else features.dtype
-    if kernel_map.identity is not None:
-        total = (features @ taps[kernel_map.identity]).to(total_dtype)
+def _multiply(features: Tensor, matrix: Tensor, neighbours: Neighbours) -> Tensor:
+    """(outputs, out): the neighbours' features (inputs, in), tap after tap, times the matrix (taps * in, out)."""
+    if _side_by_side(features.device):
+        return torch.cat([gathered @ matrix for gathered, _ in _gather_side_by_side(features, neighbours)])
+    taps = matrix.split(features.shape[1])
+    total_dtype = torch.float32 if features.dtype in (torch.float16, torch.bfloat16) else features.dtype
+    if neighbours.identity is not None:
+        total = (features @ taps[neighbours.identity]).to(total_dtype)
     else:
-        total = features.new_zeros(kernel_map.num_out, taps[0].shape[1], dtype=total_dtype)
-    for (in_row, out_row), tap in zip(kernel_map.pairs, taps, strict=True):
+        total = features.new_zeros(neighbours.table.shape[1], matrix.shape[1], dtype=total_dtype)
+    for tap, (in_row, out_row) in zip(taps, neighbours.pairs, strict=True):
         if len(in_row):
             total.index_add_(0, out_row, (features.index_select(0, in_row) @ tap).to(total_dtype))
     return total.to(features.dtype)
+
+
+def _weight_gradient(features: Tensor, grad_out: Tensor, neighbours: Neighbours) -> Tensor:
+    """(out, taps, in): the products of each tap's output gradients with its inputs, summed over pairs."""
+    if _side_by_side(features.device):
+        parts = [grad_out[rows].t() @ gathered for gathered, rows in _gather_side_by_side(features, neighbours)]
+        return torch.stack(parts).sum(0).unflatten(1, (len(neighbours.table), -1))
+    taps = [
+        grad_out.t() @ features
+        if i == neighbours.identity
+        else grad_out.index_select(0, out_row).t() @ features.index_select(0, in_row)
+        for i, (in_row, out_row) in enumerate(neighbours.pairs)
+    ]
+    return torch.stack(taps, 1)
+
+
+def _side_by_side(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _gather_side_by_side(features: Tensor, neighbours: Neighbours) -> Iterator[tuple[Tensor, slice]]:
+    """The neighbours' features (rows, taps * in) of output rows, zero where there is none, and which rows these are."""
+    width = len(neighbours.table) * features.shape[1]
+    padded = torch.cat([features, features.new_zeros(1, features.shape[1])])
+    step = max(1, _GATHER_LIMIT // width)
+    for start in range(0, max(1, neighbours.table.shape[1]), step):
+        rows = slice(start, start + step)
+        table = neighbours.table[:, rows].t().flatten()  # (rows * taps,)
+        yield padded.index_select(0, table).view(-1, width), rows

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.errors import PerceptionError
-from perception.networks.layers import sparse_spconv
+from perception.networks.layers import sparse_spconv, sparse_torch
 from perception.networks.layers.sparse import (
     SparseConv3d,
     SparseInverseConv3d,
@@ -251,6 +251,17 @@ def test_all_cases_on_cuda(place: tuple[str, str]) -> None:
         check_submanifold(case, place, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SOME, ids=lambda c: str(c.seed))
+def test_the_way_of_cuda_is_right_on_the_cpu(monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype) -> None:
+    """Rows gathered side by side, a few at a time."""
+    monkeypatch.setattr(sparse_torch, "_side_by_side", lambda device: True)
+    monkeypatch.setattr(sparse_torch, "_GATHER_LIMIT", 5000)
+    check_strided(case, CPU, dtype)
+    check_inverse(case, CPU, dtype)
+    check_submanifold(Case(3, 1, 0, case.dilation, case.fill, case.batch_size, case.seed), CPU, dtype)
+
+
 @pytest.mark.parametrize("case", list(strided_cases())[::5], ids=lambda c: str(c.seed))
 def test_inverse_equals_dense_transpose(case: Case) -> None:
     check_inverse(case, CPU, torch.float64)
@@ -362,8 +373,6 @@ def encoder() -> SparseSequential:
 
 
 def test_layers_share_the_maps_of_one_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
-    from perception.networks.layers import sparse_torch
-
     found = []
     search = sparse_torch.submanifold_map
     monkeypatch.setattr(sparse_torch, "submanifold_map", lambda *a: found.append(a) or search(*a))

@@ -1,0 +1,145 @@
+"""How fast the parts run on this machine: medians over repeated runs, on inputs that the caller gives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perception.networks.layers.sparse import (
+    Backend,
+    SparseConv3d,
+    SparseModule,
+    SparseSequential,
+    SparseTensor,
+    SubMConv3d,
+)
+from perception.types import Array, Pose, VoxelGrid
+from perception.voxelize import mean_voxels
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One thing measured.
+
+    Attributes:
+        name: what ran, with the backend and type that tell it from its neighbours.
+        device: where, in words.
+        size: how large the input was, in words.
+        p50_ms: median run time.
+        p95_ms: 95th percentile.
+        runs: how many runs these are of.
+        peak_memory_mib: most memory allocated on the GPU at a time; None on the CPU.
+    """
+
+    name: str
+    device: str
+    size: str
+    p50_ms: float
+    p95_ms: float
+    runs: int
+    peak_memory_mib: float | None
+
+
+def measure(name: str, size: str, run: Callable[[], object], device: torch.device, runs: int, warm_up: int) -> BenchRow:
+    """Time `run` by itself, `runs` times after `warm_up` more: CUDA events on a GPU, the monotonic clock on the CPU."""
+    for _ in range(warm_up):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    times_ms = [_time_ms(run, device) for _ in range(runs)]
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    p50, p95 = np.percentile(times_ms, (50, 95))
+    return BenchRow(name, where, size, float(p50), float(p95), runs, peak)
+
+
+def _time_ms(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+NUSCENES_GRID = VoxelGrid((-54.0, -54.0, -5.0), (0.075, 0.075, 0.2), (1440, 1440, 40), Pose.identity())
+"""The voxels of SparseFusion on nuScenes, in the LiDAR's frame."""
+
+
+def bench_sparse(
+    points: Array,
+    device: torch.device | str = "cpu",
+    *,
+    backends: Sequence[Backend] = ("torch",),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16),
+    train: bool = False,
+    runs: int = 20,
+    warm_up: int = 3,
+) -> list[BenchRow]:
+    """The sparse encoder of SECOND over the voxels of one cloud, kernel maps included, on each backend and type.
+
+    Args:
+        points: (N, C >= 3) float32 in the LiDAR's frame, metres; x, y, z first. Voxelised once, not timed.
+        train: time a forward and backward pass in training mode, else a forward pass for inference.
+
+    Raises PerceptionError where a backend cannot be used (see `SparseTensor`).
+    """
+    device = torch.device(device)
+    voxels = mean_voxels(points, NUSCENES_GRID)
+    indices = np.concatenate([np.zeros((len(voxels.index), 1), np.int32), voxels.index[:, ::-1].astype(np.int32)], 1)
+    sites = torch.from_numpy(indices).to(device)
+    rows = []
+    for dtype in dtypes:
+        features = torch.from_numpy(voxels.features).to(device, dtype)
+        network = second_encoder(features.shape[1]).to(device, dtype).train(train)
+        for backend in backends:
+
+            def run(features: Tensor = features, network: nn.Module = network, backend: Backend = backend) -> None:
+                with torch.set_grad_enabled(train):
+                    out = network(SparseTensor(features, sites, (41, 1440, 1440), 1, backend)).to_dense()
+                    if train:
+                        out.float().square().mean().backward()
+
+            kind = "training step" if train else "inference"
+            name = f"sparse encoder, {kind}, {backend}, {str(dtype).removeprefix('torch.')}"
+            rows.append(measure(name, f"{len(sites):,} voxels", run, device, runs, warm_up))
+    return rows
+
+
+def second_encoder(in_channels: int) -> SparseSequential:
+    """SECOND's encoder as SparseFusion has it: 41 x 1440 x 1440 voxels to 2 x 180 x 180 of 128 channels."""
+    stages: list[nn.Module] = [_unit(SubMConv3d(in_channels, 16, 3, bias=False))]
+    for channels, padding in ((16, 1), (32, 1), (64, (0, 1, 1))):
+        down = SparseConv3d(channels, 2 * channels, 3, stride=2, padding=padding, bias=False)
+        stages += [_BasicBlock(channels), _BasicBlock(channels), _unit(down)]
+    last = SparseConv3d(128, 128, (3, 1, 1), stride=(2, 1, 1), bias=False)
+    return SparseSequential(*stages, _BasicBlock(128), _BasicBlock(128), _unit(last))
+
+
+def _unit(conv: SubMConv3d | SparseConv3d) -> SparseSequential:
+    return SparseSequential(conv, nn.BatchNorm1d(conv.out_channels, eps=1e-3, momentum=0.01), nn.ReLU())
+
+
+class _BasicBlock(SparseModule):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = SubMConv3d(channels, channels, 3, bias=False)
+        self.bn1 = nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01)
+        self.conv2 = SubMConv3d(channels, channels, 3, bias=False)
+        self.bn2 = nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        out = self.conv1(x).map(self.bn1).map(torch.relu)
+        out = self.conv2(out).map(self.bn2)
+        return out.with_features(torch.relu(out.features + x.features))
