@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_same_seed_same_sample_and_pickled_city_gives_it_too(city, sample):
     assert not np.array_equal(first.lidars["top"].xyz[:500], sample.lidars["top"].xyz[:500])
 
 
-@pytest.mark.parametrize("seed", [3, 4, 5])
+@pytest.mark.parametrize("seed", [3, 4, *(pytest.param(s, marks=pytest.mark.slow) for s in range(5, 13))])
 def test_every_scene_holds_all_classes_in_range_and_no_overlap(seed):
     config = CityConfig(seed=seed, scenes=1, key_frames=6, cameras=(), radars=(), occupancy=None)
     city, found = City(config), set()
@@ -190,12 +191,13 @@ def test_semantic_map_has_every_kind_on_the_ground(city):
 
 def test_frames_come_in_stamp_order_and_hold_the_key_frames(city):
     small = City(SMALL)
-    frames = list(small.frames(0, cameras=False))
+    end = small.key_stamps(0)[0] + 120_000_000
+    frames = list(itertools.takewhile(lambda f: f.stamp_ns <= end, small.frames(0, cameras=False)))
     stamps = [f.stamp_ns for f in frames]
     assert stamps == sorted(stamps)
     lidar = [f for f in frames if f.lidars]
     assert np.allclose(np.diff([f.stamp_ns for f in lidar]), 50_000_000)
-    assert set(small.key_stamps(0)) <= {f.stamp_ns for f in lidar}
+    assert small.key_stamps(0)[0] in {f.stamp_ns for f in lidar}
     key = next(f for f in lidar if f.stamp_ns == small.key_stamps(0)[0])
     expected = small.simulator(0).scan(small.rig.lidars[0], [key.stamp_ns], key.stamp_ns)[0].cloud
     assert np.array_equal(key.lidars["top"].xyz, expected.xyz)
