@@ -3,15 +3,15 @@
 A *neighbour table* (taps, outputs) says which input row each tap of the kernel reads for each output row. Sums over it
 run in a fixed order, without atomic additions, so that results are equal to the bit from run to run:
 
-* On CUDA the rows are gathered side by side, zeros where there is no neighbour, and multiplied at once:
-  (outputs, taps * in) @ (taps * in, out). Multiplying zeros is cheaper there than many small products.
-* On the CPU it is dearer: the neighbours that a tap does have are gathered, multiplied by its matrix and added to their
-  output rows, none of which occurs twice within a tap. Half types are summed over taps in float32.
+* On CUDA all inputs are multiplied by all taps at once, (inputs, in) @ (in, taps * out), and each output row sums the
+  products of its neighbours (an embedding bag). Products that nobody reads are cheaper there than many small ones.
+* On the CPU they are dearer: the neighbours that a tap does have are gathered, multiplied by its matrix and added to
+  their output rows, none of which occurs twice within a tap. Half types are summed over taps in float32.
 
 Finding neighbours: each site has one int64 key that grows with (batch, z, y, x) in a grid widened by the kernel's
 reach, so that a neighbour is the key plus a constant and never wraps into the next row. Within a row of the kernel the
 positions in the sorted keys follow from one another, and half of a submanifold kernel mirrors the other half: 3x3x3
-taps take four binary searches per site.
+taps take five binary searches per site.
 
 Works on CPU and CUDA, float64, float32, float16 and bfloat16, forward and backward, with any number of sites.
 """
@@ -19,20 +19,21 @@ Works on CPU and CUDA, float64, float32, float16 and bfloat16, forward and backw
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Triple = tuple[int, int, int]
 """One number per axis (z, y, x)."""
 
-# Numbers gathered at a time on CUDA, to bound memory: 256 MiB of float32.
-_GATHER_LIMIT = 2**26
+# Numbers made at once on CUDA, to bound memory: 512 MiB of float32.
+_AT_ONCE = 2**27
 
 
 class Neighbours:
@@ -91,35 +92,37 @@ def submanifold_map(
     reach = [k // 2 * d for k, d in zip(kernel_size, dilation, strict=True)]
     extent = (spatial_shape[0] + reach[0], spatial_shape[1] + reach[1], spatial_shape[2] + reach[2])
     keys, order = site_keys(indices, extent).sort()
-    offsets = [[k * d - r for k in range(size)] for size, d, r in zip(kernel_size, dilation, reach, strict=True)]
-    steps = [(dz * extent[1] + dy) * extent[2] + dx for dz, dy, dx in itertools.product(*offsets)]
-    centre = len(steps) // 2
     row = torch.cat([order, order.new_full((1,), num)])  # of a position in the sorted keys; `num` past the last
-    table = order.new_full(
-        (len(steps), num + 1), num
-    )  # one column more than rows: sites without the neighbour write there
-    table[centre, :num] = torch.arange(num, device=indices.device)
-    for i, position in enumerate(_find_neighbours(keys, steps[centre + 1 :]), start=1):
-        neighbour = row.take(position)
-        table[centre + i].index_copy_(0, order, neighbour)
-        table[centre - i].index_copy_(0, neighbour, order)
-    table = table[:, :num]
-    return KernelMap(Neighbours(table, num, centre), Neighbours(table.flip(0), num, centre))
+    across = (range(-r, r + 1, d) for r, d in zip(reach[:2], dilation[:2], strict=True))
+    starts = [(dz * extent[1] + dy) * extent[2] - reach[2] for dz, dy in itertools.product(*across)]
+    later = _find_runs(keys, starts[len(starts) // 2 :], kernel_size[2], dilation[2])
+    neighbour = row.take(later[kernel_size[2] // 2 + 1 :])  # (half, V) of the taps after the centre, in the keys' order
+    after = torch.empty_like(neighbour).index_copy_(1, order, neighbour)
+    # The taps before it are their mirror image; what has no neighbour writes to a spare column.
+    before = order.new_full((len(after), num + 1), num).scatter_(1, neighbour, order.expand_as(neighbour))
+    centre = torch.arange(num, device=indices.device)[None]
+    table = torch.cat([before[:, :num].flip(0), centre, after])
+    return KernelMap(Neighbours(table, num, len(after)), Neighbours(table.flip(0), num, len(after)))
 
 
-def _find_neighbours(keys: Tensor, steps: Sequence[int]) -> Iterator[Tensor]:
-    """For each step, the position (V,) of `key + step` in the sorted unique keys (V,), or V where it is not there."""
+def _find_runs(keys: Tensor, starts: Sequence[int], length: int, stride: int) -> Tensor:
+    """For each start, the positions of `key + start`, `key + start + stride`, ... in the sorted unique keys (V,).
+
+    Returns:
+        (starts * length, V), V where a key is not there.
+    """
     num = len(keys)
     fenced = torch.cat([keys, keys.new_full((1,), torch.iinfo(torch.int64).max)])  # a search may end past the last key
-    last_step = 0
-    position, found = torch.arange(num, device=keys.device), torch.ones_like(keys, dtype=torch.bool)
-    for step in steps:
-        wanted = keys + step
-        # If the last step was one less, the search ends where the last one did, or just after what that one found.
-        position = position + found if step == last_step + 1 else torch.searchsorted(keys, wanted)
+    wanted = keys + keys.new_tensor(starts)[:, None]  # (starts, V)
+    position = torch.searchsorted(keys, wanted)
+    positions = []
+    for _ in range(length):
         found = fenced.take(position) == wanted
-        last_step = step
-        yield position.where(found, num)
+        positions.append(position.where(found, num))
+        wanted = wanted + stride
+        # A search for the next key ends where this one did, or just after what it found.
+        position = position + found if stride == 1 else torch.searchsorted(keys, wanted)
+    return torch.stack(positions, 1).flatten(0, 1)
 
 
 def strided_map(
@@ -180,7 +183,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, weight: Tensor, there: Neighbours, back: Neighbours) -> Tensor:
         ctx.save_for_backward(features, weight)
         ctx.there, ctx.back = there, back
-        return _multiply(features, weight.flatten(1).t(), there)
+        return _multiply(features, weight.flatten(1, 3).permute(1, 2, 0), there)
 
     @staticmethod
     @once_differentiable
@@ -188,34 +191,64 @@ class _Convolution(torch.autograd.Function):
         features, weight = ctx.saved_tensors
         grad_features = grad_weight = None
         if ctx.needs_input_grad[0]:
-            matrix = weight.flatten(1, 3).transpose(0, 1).flatten(0, 1)  # (taps * out, in)
-            grad_features = _multiply(grad_out, matrix, ctx.back)
+            grad_features = _multiply(grad_out, weight.flatten(1, 3).transpose(0, 1), ctx.back)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(features, grad_out, ctx.there).view_as(weight)
+            gradient = _weight_gradient_at_once if _at_once(features.device) else _weight_gradient_by_tap
+            grad_weight = gradient(features, grad_out, ctx.there).view_as(weight)
         return grad_features, grad_weight, None, None
 
 
-def _multiply(features: Tensor, matrix: Tensor, neighbours: Neighbours) -> Tensor:
-    """(outputs, out): the neighbours' features (inputs, in), tap after tap, times the matrix (taps * in, out)."""
-    if _side_by_side(features.device):
-        return torch.cat([gathered @ matrix for gathered, _ in _gather_side_by_side(features, neighbours)])
-    taps = matrix.split(features.shape[1])
+def _at_once(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _multiply(features: Tensor, taps: Tensor, neighbours: Neighbours) -> Tensor:
+    """(outputs, out): the sum over taps (taps, in, out) of the neighbours' features (inputs, in) times the tap."""
     total_dtype = torch.float32 if features.dtype in (torch.float16, torch.bfloat16) else features.dtype
+    multiply = _multiply_at_once if _at_once(features.device) else _multiply_by_tap
+    return multiply(features, taps, neighbours, total_dtype).to(features.dtype)
+
+
+def _multiply_at_once(features: Tensor, taps: Tensor, neighbours: Neighbours, total_dtype: torch.dtype) -> Tensor:
+    num_in, num_out, out = neighbours.num_in, neighbours.table.shape[1], taps.shape[2]
+    step = max(1, _AT_ONCE // ((num_in + 1) * out))  # taps
+    padded = torch.cat([features, features.new_zeros(1, features.shape[1])])
+    total = features.new_zeros(num_out, out, dtype=total_dtype)
+    for part, table in zip(taps.split(step), neighbours.table.split(step), strict=True):
+        n = len(part)
+        products = (padded @ part.transpose(0, 1).flatten(1)).view(-1, out)  # ((inputs + 1) * taps, out)
+        none = num_in * n
+        read = (table * n + torch.arange(n, device=table.device)[:, None]).clamp_(max=none).t()  # (outputs, taps)
+        total += F.embedding_bag(read, products, mode="sum", padding_idx=none)
+    return total
+
+
+def _multiply_by_tap(features: Tensor, taps: Tensor, neighbours: Neighbours, total_dtype: torch.dtype) -> Tensor:
     if neighbours.identity is not None:
         total = (features @ taps[neighbours.identity]).to(total_dtype)
     else:
-        total = features.new_zeros(neighbours.table.shape[1], matrix.shape[1], dtype=total_dtype)
+        total = features.new_zeros(neighbours.table.shape[1], taps.shape[2], dtype=total_dtype)
     for tap, (in_row, out_row) in zip(taps, neighbours.pairs, strict=True):
         if len(in_row):
             total.index_add_(0, out_row, (features.index_select(0, in_row) @ tap).to(total_dtype))
-    return total.to(features.dtype)
+    return total
 
 
-def _weight_gradient(features: Tensor, grad_out: Tensor, neighbours: Neighbours) -> Tensor:
-    """(out, taps, in): the products of each tap's output gradients with its inputs, summed over pairs."""
-    if _side_by_side(features.device):
-        parts = [grad_out[rows].t() @ gathered for gathered, rows in _gather_side_by_side(features, neighbours)]
-        return torch.stack(parts).sum(0).unflatten(1, (len(neighbours.table), -1))
+def _weight_gradient_at_once(features: Tensor, grad_out: Tensor, neighbours: Neighbours) -> Tensor:
+    """(out, taps * in): the products of output gradients (outputs, out) with the inputs of each tap, summed."""
+    width = len(neighbours.table) * features.shape[1]
+    step = max(1, _AT_ONCE // width)  # output rows
+    padded = torch.cat([features, features.new_zeros(1, features.shape[1])])
+    total = grad_out.new_zeros(grad_out.shape[1], width)
+    for grad, table in zip(grad_out.split(step), neighbours.table.split(step, 1), strict=True):
+        # An embedding bag of one row each: a gather that is fast for short rows.
+        gathered = F.embedding_bag(table.t().reshape(-1, 1), padded, mode="sum", padding_idx=neighbours.num_in)
+        total += grad.t() @ gathered.view(-1, width)
+    return total
+
+
+def _weight_gradient_by_tap(features: Tensor, grad_out: Tensor, neighbours: Neighbours) -> Tensor:
+    """(out, taps, in): the same."""
     taps = [
         grad_out.t() @ features
         if i == neighbours.identity
@@ -223,18 +256,3 @@ def _weight_gradient(features: Tensor, grad_out: Tensor, neighbours: Neighbours)
         for i, (in_row, out_row) in enumerate(neighbours.pairs)
     ]
     return torch.stack(taps, 1)
-
-
-def _side_by_side(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def _gather_side_by_side(features: Tensor, neighbours: Neighbours) -> Iterator[tuple[Tensor, slice]]:
-    """The neighbours' features (rows, taps * in) of output rows, zero where there is none, and which rows these are."""
-    width = len(neighbours.table) * features.shape[1]
-    padded = torch.cat([features, features.new_zeros(1, features.shape[1])])
-    step = max(1, _GATHER_LIMIT // width)
-    for start in range(0, max(1, neighbours.table.shape[1]), step):
-        rows = slice(start, start + step)
-        table = neighbours.table[:, rows].t().flatten()  # (rows * taps,)
-        yield padded.index_select(0, table).view(-1, width), rows

@@ -254,9 +254,9 @@ def test_all_cases_on_cuda(place: tuple[str, str]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", SOME, ids=lambda c: str(c.seed))
 def test_the_way_of_cuda_is_right_on_the_cpu(monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype) -> None:
-    """Rows gathered side by side, a few at a time."""
-    monkeypatch.setattr(sparse_torch, "_side_by_side", lambda device: True)
-    monkeypatch.setattr(sparse_torch, "_GATHER_LIMIT", 5000)
+    """All taps at once, in several parts."""
+    monkeypatch.setattr(sparse_torch, "_at_once", lambda device: True)
+    monkeypatch.setattr(sparse_torch, "_AT_ONCE", 20_000)
     check_strided(case, CPU, dtype)
     check_inverse(case, CPU, dtype)
     check_submanifold(Case(3, 1, 0, case.dilation, case.fill, case.batch_size, case.seed), CPU, dtype)
