@@ -130,28 +130,30 @@ class Solids:
     views: Tensor
 
     @staticmethod
-    def pose(parts: Array, rotation: Array, translation: Array, velocity: Array, device: torch.device | str) -> Solids:
-        """Place `parts` (P,) by their agents' map_from_agent.
+    def pose(parts: dict[str, Tensor], rotation: Array, translation: Array, velocity: Array) -> Solids:
+        """Place parts, the tensors of `load`, by their agents' map_from_agent.
 
         Args:
             rotation, translation, velocity: (V, A, 3, 3), (V, A, 3), (V, A, 3); entry 0 of A is the map itself.
         """
-
-        def tensor(name: str) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(parts[name])).to(device)
-
-        agent = tensor("agent").long()
-        turn_, shift, speed = (
-            torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device) for x in (rotation, translation, velocity)
+        agent = parts["agent"]
+        turned, shift, speed = (
+            torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(agent.device)
+            for x in (rotation, translation, velocity)
         )
-        local = turn_[:, agent]  # (V, P, 3, 3)
+        local = turned[:, agent]  # (V, P, 3, 3)
         return Solids(
-            center=(local * tensor("center")[None, :, None]).sum(-1) + shift[:, agent],
-            rotation=local @ tensor("rotation"),
+            center=(local * parts["center"][None, :, None]).sum(-1) + shift[:, agent],
+            rotation=local @ parts["rotation"],
             velocity=speed[:, agent],
-            agent=agent,
-            **{n: tensor(n) for n in ("kind", "half", "form", "label", "texture", "color", "seed", "views")},
+            **{n: x for n, x in parts.items() if n not in ("center", "rotation")},
         )
+
+
+def load(parts: Array, device: torch.device | str) -> dict[str, Tensor]:
+    """The fields of a PART array as tensors."""
+    fields = {n: torch.from_numpy(np.ascontiguousarray(parts[n])).to(device) for n in PART.names or ()}
+    return fields | {"agent": fields["agent"].long()}
 
 
 def enter_hexahedron(origin: Tensor, direction: Tensor, half: Tensor, form: Tensor) -> tuple[Tensor, Tensor]:

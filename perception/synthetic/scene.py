@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation
+from torch import Tensor
 
 from perception.synthetic.furniture import Furniture
 from perception.synthetic.labels import Label
-from perception.synthetic.primitives import Solids, Texture, turn
+from perception.synthetic.primitives import Solids, Texture, load
 from perception.synthetic.roads import Ground, SemanticMap, Style, build_ground, build_roads
 from perception.synthetic.traffic import STEP_S, Agent, Traffic
 from perception.types import Array, Pose
@@ -66,6 +67,7 @@ class Scene:
     ego: EgoMotion
     traffic: Traffic
     tracks: Array  # (A, T, 3): x, y m and yaw rad of every agent each STEP_S
+    _loaded: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # the parts on each device
 
     @staticmethod
     @lru_cache(maxsize=4)
@@ -86,37 +88,46 @@ class Scene:
         tracks = np.stack([np.column_stack([a.xy, a.yaw]) for a in traffic.agents])
         return Scene(style, ground, marks, traffic.agents, np.concatenate(parts), ego, traffic, tracks)
 
-    def agent_poses(self, t_s: float) -> tuple[Array, Array, Array]:
-        """map_from_agent at t: rotations, translations, velocities of A + 1 frames; 0 is the map."""
+    def agent_poses(self, times_s: list[float]) -> tuple[Array, Array, Array]:
+        """map_from_agent at V times, of A + 1 frames, the first the map: (V, A + 1, 3, 3), (V, A + 1, 3) and m/s."""
+        t = np.array(times_s)
 
-        def at(t: float) -> Array:
-            t = min(max(t / STEP_S, 0.0), self.tracks.shape[1] - 1.001)
-            k = int(t)
-            return self.tracks[:, k] + (t - k) * (self.tracks[:, k + 1] - self.tracks[:, k])
+        def at(t: Array) -> Array:
+            t = np.clip(t / STEP_S, 0, self.tracks.shape[1] - 1.001)
+            k = t.astype(int)
+            before, after = self.tracks[:, k], self.tracks[:, k + 1]
+            return (before + (t - k)[:, None] * (after - before)).swapaxes(0, 1)  # (V, A, 3)
 
-        now, moved = at(t_s), at(t_s + 0.025) - at(t_s - 0.025)
-        xy, yaw, later = now[:, :2], now[:, 2], moved[:, :2]
+        now, moved = at(t), at(t + 0.025) - at(t - 0.025)
+        xy, yaw = now[..., :2], now[..., 2]
         sizes = np.array([a.size for a in self.agents])
-        forward = np.stack([np.cos(yaw), np.sin(yaw)], -1)
-        reach = sizes[:, :1] * 0.35
-        ends = torch.from_numpy(np.concatenate([xy + reach * forward, xy - reach * forward, xy]))
-        terrain = self.ground.terrain(ends)[0].numpy().reshape(3, -1)
+        reach = 0.35 * sizes[:, 0]
+        forward = reach[:, None] * np.stack([np.cos(yaw), np.sin(yaw)], -1)
+        ends = torch.from_numpy(np.stack([xy + forward, xy - forward]).reshape(-1, 2))
+        front, back = self.ground.terrain(ends)[0].numpy().reshape(2, *yaw.shape)
         people = np.array([a.label in (Label.PEDESTRIAN, Label.BICYCLE) for a in self.agents])
-        kerb = self.ground.kerb(torch.from_numpy(xy)).numpy() * people
-        pitch = -np.arctan2(terrain[0] - terrain[1], 2 * reach[:, 0]) * (sizes[:, 0] > 1.5)
-        rotation = np.concatenate([np.eye(3)[None], np.stack([turn(y, p) for y, p in zip(yaw, pitch, strict=True)])])
-        translation = np.concatenate([np.zeros((1, 3)), np.column_stack([xy, terrain[:2].mean(0) + kerb])])
-        velocity = np.concatenate([np.zeros((1, 3)), np.column_stack([later / 0.05, np.zeros(len(xy))])])
-        ego = self.ego.pose(t_s)
-        rotation[1], translation[1], velocity[1] = ego.rotation, ego.translation, self.ego.velocity(t_s)[0]
+        kerb = self.ground.kerb(torch.from_numpy(xy.reshape(-1, 2))).numpy().reshape(yaw.shape) * people
+        pitch = -np.arctan2(front - back, 2 * reach) * (sizes[:, 0] > 1.5)
+        angles = np.stack([yaw, pitch, 0 * yaw], -1).reshape(-1, 3)
+        rotation = np.zeros((len(t), len(self.agents) + 1, 3, 3))
+        translation, velocity = np.zeros(rotation.shape[:3]), np.zeros(rotation.shape[:3])
+        rotation[:, 0] = np.eye(3)
+        rotation[:, 1:] = Rotation.from_euler("ZYX", angles).as_matrix().reshape(*yaw.shape, 3, 3)
+        translation[:, 1:, :2], translation[:, 1:, 2] = xy, (front + back) / 2 + kerb
+        velocity[:, 1:, :2] = moved[..., :2] / 0.05
+        rotation[:, 1], translation[:, 1] = self.ego.rotation(t).as_matrix(), self.ego.position(t)
+        velocity[:, 1] = self.ego.velocity(t)[0]
         return rotation, translation, velocity
 
     def solids(self, times_s: list[float], device: torch.device | str = "cpu") -> Solids:
         """All solids, posed at the instants of V views."""
-        poses = [self.agent_poses(t) for t in times_s]
-        parts = self.parts.copy()
-        signals = np.flatnonzero(parts["texture"] == Texture.SIGNAL)
-        junction, main = np.divmod(parts["seed"][signals].astype(int), 2)
-        parts["seed"][signals] = self.traffic.signal(times_s[0], junction, main)
-        rotation, translation, velocity = (np.stack(x) for x in zip(*poses, strict=True))
-        return Solids.pose(parts, rotation, translation, velocity, device)
+        key = str(device)
+        if key not in self._loaded:
+            self._loaded[key] = load(self.parts, device)
+        parts = dict(self._loaded[key])
+        signals = np.flatnonzero(self.parts["texture"] == Texture.SIGNAL)
+        junction, main = np.divmod(self.parts["seed"][signals].astype(int), 2)
+        shown = self.traffic.signal(times_s[0], junction, main).astype(np.float32)
+        parts["seed"] = parts["seed"].clone()
+        parts["seed"][torch.from_numpy(signals).to(device)] = torch.from_numpy(shown).to(device)
+        return Solids.pose(parts, *self.agent_poses(times_s))

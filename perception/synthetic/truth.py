@@ -118,7 +118,7 @@ def boxes(
 def _place(sim: Simulator, stamp_ns: int) -> tuple[Array, Array, Array]:
     """Of all agents at a stamp: box centres (A, 3) in the map, yaws (A,), and which are annotated (never the ego)."""
     scene = sim.scene
-    rotation, translation, _ = scene.agent_poses(sim.clock.seconds(stamp_ns))
+    rotation, translation = (x[0] for x in scene.agent_poses([sim.clock.seconds(stamp_ns)])[:2])
     height = np.array([a.size[2] for a in scene.agents])
     center = translation[1:] + np.stack([0 * height, 0 * height, height / 2 - 0.01], -1)
     yaw = np.arctan2(rotation[1:, 1, 0], rotation[1:, 0, 0])

@@ -13,6 +13,7 @@ from perception.synthetic.primitives import (
     ellipsoid,
     enter_hexahedron,
     enter_quadric,
+    load,
     rod,
     surface_normal,
 )
@@ -21,7 +22,7 @@ from perception.synthetic.raycast import SKY, Pinhole, cast
 
 def solids_of(*parts: np.ndarray) -> Solids:
     still = np.zeros((1, 1, 3))
-    return Solids.pose(np.concatenate(parts), np.eye(3)[None, None], still, still, "cpu")
+    return Solids.pose(load(np.concatenate(parts), "cpu"), np.eye(3)[None, None], still, still)
 
 
 def enter(part: np.ndarray, origin: list[float], toward: list[float]) -> float:
