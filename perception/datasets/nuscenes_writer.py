@@ -48,7 +48,18 @@ from perception.datasets.nuscenes_layout import (
 from perception.datasets.sensor_files import write_image
 from perception.errors import DataError
 from perception.geometry import points_in_boxes
-from perception.types import IGNORE_LABEL, Array, Boxes3D, CameraImage, PointCloud, Pose, Sample, Segmentation, Truth
+from perception.types import (
+    IGNORE_LABEL,
+    Array,
+    Boxes3D,
+    CameraImage,
+    OccupancyGrid3D,
+    PointCloud,
+    Pose,
+    Sample,
+    Segmentation,
+    Truth,
+)
 
 Record = dict[str, Any]
 """One record of a table; its keys are the schema's."""
@@ -86,6 +97,7 @@ class _Scene:
     mounts: dict[str, tuple[Pose, Array]] = field(default_factory=dict)  # by channel: ego_from_sensor, intrinsic
     tracks: dict[str, list[Record]] = field(default_factory=dict)  # by instance token
     categories: dict[str, str] = field(default_factory=dict)  # by instance token
+    key_frame: KeyFrameNames | None = None  # of the last sample
 
 
 class NuScenesWriter:
@@ -100,24 +112,19 @@ class NuScenesWriter:
         root: the data set's folder; several versions may share it.
         version: the tables' folder. The devkit maps its own splits to names that end in mini, trainval and test.
         occupancy: the layout in which `Truth.occupancy` is written under `root`; None writes none.
-        map_mask: (H, W) uint8 picture of the drivable surface, 0.1 m a pixel, 255 drivable, its lower left corner the
-            map's origin; None is a blank one.
 
     Raises:
         DataError: the version is there already.
     """
 
-    def __init__(
-        self, root: Path, version: str, occupancy: OccupancyLayout | None = None, map_mask: Array | None = None
-    ) -> None:
+    def __init__(self, root: Path, version: str, occupancy: OccupancyLayout | None = None) -> None:
         self._root, self._version, self._occupancy = root, version, occupancy
         if (root / version).exists():
             raise DataError(f"{root / version}: is there already", "choose another folder, or delete this one")
-        self._mask = np.zeros((64, 64), np.uint8) if map_mask is None else map_mask
         self._scene: _Scene | None = None
         self._splits: dict[str, list[str]] = {}
         names = ("scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "instance", "sample_annotation")
-        self._tables: dict[str, list[Record]] = {name: [] for name in (*names, "log", "lidarseg")}
+        self._tables: dict[str, list[Record]] = {name: [] for name in (*names, "log", "map", "lidarseg")}
         self._channels: dict[str, Modality] = dict(CHANNELS)
 
     def __enter__(self) -> NuScenesWriter:
@@ -134,6 +141,7 @@ class NuScenesWriter:
         split: str | None = None,
         location: str = "",
         description: str = "",
+        map_mask: Array | None = None,
     ) -> None:
         """Samples and sweeps that follow belong to this scene.
 
@@ -143,11 +151,14 @@ class NuScenesWriter:
             split: entered in `splits.json`, which this reader and the devkit (1.2) know; None enters none.
             location: written to the log.
             description: written to the scene.
+            map_mask: (H, W) uint8 picture of the drivable surface, 0.1 m a pixel, 255 drivable, its lower left corner
+                the map's origin; None is a blank one.
         """
         self._end_scene()
         if any(scene["name"] == name for scene in self._tables["scene"]):
             raise ValueError(f"scene {name!r} is written already")
         log = {"token": _token("log", name), "logfile": name, "vehicle": "ego", "location": location}
+        self._add_map(log["token"], np.zeros((64, 64), np.uint8) if map_mask is None else map_mask)
         self._scene = _Scene(name, _token("scene", name), log, description, map_from_ego)
         if split is not None:
             self._splits.setdefault(split, []).append(name)
@@ -168,6 +179,7 @@ class NuScenesWriter:
             raise ValueError(f"sample at {stamp_us} us after one at {scene.samples[-1]['timestamp']} us")
         token = _token_or_own(sample.token, "sample", scene.name, stamp_us)
         scene.samples.append({"token": token, "timestamp": stamp_us, "scene_token": scene.token})
+        scene.key_frame = None
         readings = self._add_readings(sample, token)
         if truth is None:
             return
@@ -176,27 +188,23 @@ class NuScenesWriter:
         if ANCHOR_CHANNEL in readings:
             self._add_lidar_truth(truth, readings[ANCHOR_CHANNEL], token)
 
+    def add_occupancy(self, layout: OccupancyLayout, occupancy: OccupancyGrid3D) -> None:
+        """Occupancy of the sample just added, in one more benchmark's layout. ValueError for a sample without LiDAR."""
+        names = self._open_scene().key_frame
+        if names is None:
+            raise ValueError("occupancy files are named after a sample's LiDAR: add a sample that has one first")
+        write_occupancy(layout, occupancy_path(layout, self._root, names), occupancy)
+
     def add_sweep(self, sample: Sample) -> None:
         """Readings between key frames; they belong to the key frame that follows, the last ones to the last."""
         self._open_scene()
         self._add_readings(sample, None)
 
     def close(self) -> None:
-        """End the last scene and write the tables, the map's mask and `splits.json`."""
+        """End the last scene and write the tables and `splits.json`."""
         self._end_scene()
         self._check_tokens()
-        mask = self._root / "maps" / f"{_token('map', self._version)}.png"
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        mask.write_bytes(cv2.imencode(".png", self._mask)[1].tobytes())
         tables = self._tables | _constant_tables(self._channels, bool(self._tables["lidarseg"]))
-        tables["map"] = [
-            {
-                "token": _token("map", self._version),
-                "category": "semantic_prior",
-                "filename": mask.relative_to(self._root).as_posix(),
-                "log_tokens": [log["token"] for log in tables["log"]],
-            }
-        ]
         if not tables["lidarseg"]:
             del tables["lidarseg"]
         folder = self._root / self._version
@@ -205,6 +213,17 @@ class NuScenesWriter:
             (folder / f"{name}.json").write_text(json.dumps(records, indent=0), encoding="utf-8")
         if self._splits:
             (folder / "splits.json").write_text(json.dumps(self._splits, indent=0), encoding="utf-8")
+
+    def _add_map(self, log_token: str, mask: Array) -> None:
+        """The picture of one log's map, and its record."""
+        token = _token("map", self._version, log_token)
+        path = self._root / "maps" / f"{token}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode(".png", mask)[1].tobytes())
+        filename = path.relative_to(self._root).as_posix()
+        self._tables["map"].append(
+            {"token": token, "category": "semantic_prior", "filename": filename, "log_tokens": [log_token]}
+        )
 
     def _open_scene(self) -> _Scene:
         if self._scene is None:
@@ -331,9 +350,9 @@ class NuScenesWriter:
                     "filename": path.relative_to(self._root).as_posix(),
                 }
             )
+        scene.key_frame = KeyFrameNames(scene.name, scene.token, sample_token, lidar["token"], lidar["filename"])
         if self._occupancy is not None and truth.occupancy is not None:
-            names = KeyFrameNames(scene.name, scene.token, sample_token, lidar["token"], lidar["filename"])
-            write_occupancy(self._occupancy, occupancy_path(self._occupancy, self._root, names), truth.occupancy)
+            self.add_occupancy(self._occupancy, truth.occupancy)
 
     def _end_scene(self) -> None:
         """Link the scene's records and put them into the tables."""
