@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -64,6 +65,16 @@ class CityConfig(Config):
     device: str = "cpu"
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A key frame: its sample before faults of single sensors, its truth, and what both were made from, by role."""
+
+    sample: Sample
+    truth: Truth
+    scans: dict[str, LidarScan]
+    pictures: dict[str, tuple[CameraImage, Picture]]
+
+
 class City:
     """Implements perception.types.Dataset; samples are made when asked for, the same ones every time on one device."""
 
@@ -85,7 +96,12 @@ class City:
         return self._sample_and_truth(index)[0]
 
     def truth(self, index: int) -> Truth:
-        return self._measured(index)[1]
+        return self._measured(index).truth
+
+    def occupancy_at(self, index: int, grid: VoxelGrid) -> OccupancyGrid3D:
+        """Occupancy truth of a key frame at any grid, in the configured taxonomy."""
+        measured = self._measured(index)
+        return self._occupancy(self._simulator(self.scene_of(index)), measured, grid)
 
     def scene_of(self, index: int) -> int:
         """The scene that a sample belongs to."""
@@ -162,7 +178,8 @@ class City:
         )
 
     def _sample_and_truth(self, index: int) -> tuple[Sample, Truth]:
-        sample, truth = self._measured(index)
+        measured = self._measured(index)
+        sample, truth = measured.sample, measured.truth
         scene, k = divmod(index, self.config.key_frames)
         for fault in self.config.faults:
             sample = degrade(sample, fault, lambda camera, lag: self._late_image(scene, k, camera, lag))
@@ -175,7 +192,7 @@ class City:
         taken = stamp - round((self._camera_lag(camera) + lag_s) * 1e6) * 1000
         return sim.expose([camera], [taken], stamp)[role][0]
 
-    def _measure(self, index: int) -> tuple[Sample, Truth]:
+    def _measure(self, index: int) -> _Measured:
         """A key frame's sample, without faults of single sensors, and its truth."""
         scene, k = divmod(index, self.config.key_frames)
         sim, stamps, config = self._simulator(scene), self.key_stamps(scene), self.config
@@ -200,31 +217,26 @@ class City:
             gnss=sim.fix(stamp),
             token=self.tokens[index],
         )
-        return sample, self._truth(sim, stamp, stamps, scans, pictures, radars)
+        measured = _Measured(sample, Truth(), {role: group[0] for role, group in scans.items()}, pictures)
+        return replace(measured, truth=self._truth(sim, stamps, measured))
 
-    def _truth(
-        self, sim: Simulator, stamp: int, stamps: list[int], scans: dict[str, list[LidarScan]],
-        pictures: dict[str, tuple[CameraImage, Picture]], radars: dict[str, PointCloud],
-    ) -> Truth:  # fmt: skip
-        config, ego = self.config, sim.pose(stamp)
-        solids = sim.scene.solids([sim.clock.seconds(stamp)], sim.device)
-        share = (
-            visible_share(solids, list(pictures.values()), ego, len(sim.scene.agents) + 1)
-            if len(pictures) > 1
-            else None
-        )
-        key_scans = {role: group[0] for role, group in scans.items()}
-        grid_truth = None
+    def _truth(self, sim: Simulator, stamps: list[int], measured: _Measured) -> Truth:
+        config, sample, pictures, scans = self.config, measured.sample, measured.pictures, measured.scans
+        ego = sim.pose(sample.stamp_ns)
+        share, found = None, None
+        if len(pictures) > 1:
+            solids = sim.scene.solids([sim.clock.seconds(sample.stamp_ns)], sim.device)
+            share = visible_share(solids, list(pictures.values()), ego, len(sim.scene.agents) + 1)
         if config.occupancy is not None:
             shape = config.occupancy
             frame = self.rig.lidars[0].ego_from_lidar if shape.frame == "lidar" else Pose.identity()
-            grid = VoxelGrid(shape.min_corner, shape.voxel_size, shape.shape, frame)
-            grid_truth = self.occupancy(sim, stamp, grid, key_scans, pictures)
+            found = self._occupancy(sim, measured, VoxelGrid(shape.min_corner, shape.voxel_size, shape.shape, frame))
+        clouds, radars = [s.cloud for s in scans.values()], list(sample.radars.values())
         return Truth(
-            boxes(sim, stamp, stamps, [s.cloud for s in key_scans.values()], list(radars.values()), share),
-            grid_truth,
+            boxes(sim, sample.stamp_ns, stamps, clouds, radars, share),
+            found,
             ego,
-            {role: segmentation(s.label, s.agent, config.taxonomy) for role, s in key_scans.items()},
+            {role: segmentation(s.label, s.agent, config.taxonomy) for role, s in scans.items()},
             {role: _finite(p.distance.cpu().numpy()) for role, (_, p) in pictures.items()},
             {
                 role: segmentation(p.label.cpu().numpy(), p.agent.cpu().numpy(), config.taxonomy)
@@ -232,18 +244,15 @@ class City:
             },
         )
 
-    def occupancy(
-        self, sim: Simulator, stamp: int, grid: VoxelGrid, scans: dict[str, LidarScan],
-        pictures: dict[str, tuple[CameraImage, Picture]],
-    ) -> OccupancyGrid3D:  # fmt: skip
-        """Occupancy truth at any grid, in the configured taxonomy."""
+    def _occupancy(self, sim: Simulator, measured: _Measured, grid: VoxelGrid) -> OccupancyGrid3D:
+        stamp, pictures = measured.sample.stamp_ns, list(measured.pictures.values())
         solids = sim.scene.solids([sim.clock.seconds(stamp)], sim.device)
-        label = occupancy(sim.scene, sim.ground, solids, sim.pose(stamp), grid, sim.chunk)
+        label = occupancy(sim.ground, solids, sim.pose(stamp), grid, sim.chunk)
         observed = {}
         for lidar in self.rig.lidars[:1]:
-            observed["lidar"] = observed_by_lidar(grid, lidar, scans[lidar.role], sim.device)
+            observed["lidar"] = observed_by_lidar(grid, lidar, measured.scans[lidar.role], sim.device)
         if pictures:
-            observed["camera"] = observed_by_cameras(grid, list(pictures.values()), sim.device)
+            observed["camera"] = observed_by_cameras(grid, pictures, sim.device)
         return occupancy_truth(label, grid, self.config.taxonomy, stamp, observed)
 
     def _radar_stamp(self, scene: int, stamp: int, i: int) -> int:

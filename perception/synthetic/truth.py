@@ -22,7 +22,6 @@ from perception.synthetic.labels import (
 )
 from perception.synthetic.primitives import HEXAHEDRON, Solids
 from perception.synthetic.roads import Ground
-from perception.synthetic.scene import Scene
 from perception.synthetic.sensors import LidarScan, LidarSpec, Simulator
 from perception.synthetic.shading import Picture, ground_label
 from perception.types import (

@@ -15,7 +15,7 @@ from perception.synthetic.city import City, CityConfig
 from perception.synthetic.faults import Fault
 from perception.synthetic.labels import DETECTION_CLASSES, Label
 from perception.synthetic.traffic import rectangles_touch
-from perception.types import Boxes3D, Dataset, Sample
+from perception.types import Boxes3D, Dataset, Sample, VoxelGrid
 
 RANGE_M = dict.fromkeys(("car", "truck", "construction_vehicle", "bus", "trailer"), 50.0) | {
     "pedestrian": 40.0, "motorcycle": 40.0, "bicycle": 40.0, "traffic_cone": 30.0, "barrier": 30.0,
@@ -300,3 +300,13 @@ def test_cuda_agrees_with_the_cpu():
 def test_labels_of_detection_classes_are_the_city_s():
     assert tuple(Label(k).name.lower() for k in range(10)) == DETECTION_CLASSES
     assert isinstance(Boxes3D.empty(DETECTION_CLASSES, 0), Boxes3D)
+
+
+def test_occupancy_at_another_grid_agrees_with_the_city_s_own(city):
+    own = city.truth(3).occupancy
+    fine = city.occupancy_at(
+        3, VoxelGrid((-40.0, -40.0, -1.0), (0.2, 0.2, 0.2), (400, 400, 32), own.grid.ego_from_grid)
+    )
+    coarse = fine.occupied.reshape(200, 2, 200, 2, 16, 2).any((1, 3, 5))
+    assert own.occupied[coarse].mean() > 0.97  # what a fine voxel holds, the coarse one around it holds
+    assert own.label.shape == (200, 200, 16)
