@@ -189,7 +189,7 @@ _RANK[[Label.POLE, Label.SIGN, Label.TRUNK]] = 20
 _RANK[[Label.FOLIAGE]] = 45
 
 
-def occupancy(scene: Scene, ground: Ground, solids: Solids, map_from_ego: Pose, grid: VoxelGrid, chunk: int) -> Tensor:
+def occupancy(ground: Ground, solids: Solids, map_from_ego: Pose, grid: VoxelGrid, chunk: int) -> Tensor:
     """(X, Y, Z) uint8 Label of every voxel, 255 free: solids that reach into a voxel, else the ground within it.
 
     Solids are tested by the separating axes that are their own, a little shrunk so that a voxel is not theirs for a
