@@ -102,6 +102,11 @@ class _Convolution(SparseModule):
         device = features.device.type
         if torch.is_autocast_enabled(device):
             features, weight = (t.to(torch.get_autocast_dtype(device)) for t in (features, weight))
+        if features.dtype != weight.dtype:
+            raise PerceptionError(
+                f"{type(self).__name__}: {features.dtype} features for a {weight.dtype} weight",
+                "convert one of them, or run under torch.autocast",
+            )
         with torch.autocast(device, enabled=False):
             if kernel_map is None:
                 out = pointwise(features, weight)

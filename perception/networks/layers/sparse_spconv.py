@@ -91,11 +91,8 @@ def submanifold_map(
     """See `sparse_torch.submanifold_map`."""
     if not len(indices):
         return sparse_torch.submanifold_map(indices, batch_size, spatial_shape, kernel_size, dilation)
-    stride, padding = (
-        (1, 1, 1),
-        (0, 0, 0),
-    )  # spconv pads a submanifold convolution by half its kernel, whatever is asked
-    return _find_pairs(indices, batch_size, spatial_shape, kernel_size, stride, padding, dilation, True)[0]
+    stride, padding = (1, 1, 1), (0, 0, 0)  # unread: spconv itself centres the kernel
+    return _find_pairs(indices, batch_size, spatial_shape, kernel_size, stride, padding, dilation, submanifold=True)[0]
 
 
 def strided_map(
@@ -113,16 +110,17 @@ def strided_map(
         (o - 1) * s + d * (k - 1) + 1 - 2 * p
         for o, k, s, p, d in zip(out_shape, kernel_size, stride, padding, dilation, strict=True)
     )
-    if len(indices):
-        try:
-            return _find_pairs(indices, batch_size, in_shape, kernel_size, stride, padding, dilation, False)
-        except (ValueError, RuntimeError):
-            # Either no site is reached, which spconv refuses, or something is really wrong.
-            if sparse_torch.strided_map(indices, batch_size, out_shape, kernel_size, stride, padding, dilation)[
-                0
-            ].num_out:
-                raise
-    return sparse_torch.strided_map(indices, batch_size, out_shape, kernel_size, stride, padding, dilation)
+    geometry = (kernel_size, stride, padding, dilation)
+    if not len(indices):
+        return sparse_torch.strided_map(indices, batch_size, out_shape, *geometry)
+    try:
+        return _find_pairs(indices, batch_size, in_shape, *geometry, submanifold=False)
+    except (ValueError, RuntimeError):
+        # Either no site is reached, which spconv refuses, or something is really wrong.
+        empty, sites = sparse_torch.strided_map(indices, batch_size, out_shape, *geometry)
+        if len(sites):
+            raise
+        return empty, sites
 
 
 def _find_pairs(
@@ -135,6 +133,7 @@ def _find_pairs(
     dilation: Triple,
     submanifold: bool,
 ) -> tuple[GatherPairs | ImplicitGemmPairs, Tensor]:
+    """spconv's pairs and output sites (V_out, 4) of at least one input site."""
     from spconv.core import ConvAlgo
     from spconv.pytorch import ops
 

@@ -70,10 +70,6 @@ class KernelMap:
     forward: Neighbours
     backward: Neighbours
 
-    @property
-    def num_out(self) -> int:
-        return self.backward.num_in
-
 
 def site_keys(indices: Tensor, extent: Triple) -> Tensor:
     """(V,) int64 keys of sites (V, 4) in a grid of `extent`, growing with (batch, z, y, x)."""
@@ -241,9 +237,7 @@ def _weight_gradient_at_once(features: Tensor, grad_out: Tensor, neighbours: Nei
     padded = torch.cat([features, features.new_zeros(1, features.shape[1])])
     total = grad_out.new_zeros(grad_out.shape[1], width)
     for grad, table in zip(grad_out.split(step), neighbours.table.split(step, 1), strict=True):
-        # An embedding bag of one row each: a gather that is fast for short rows.
-        gathered = F.embedding_bag(table.t().reshape(-1, 1), padded, mode="sum", padding_idx=neighbours.num_in)
-        total += grad.t() @ gathered.view(-1, width)
+        total += grad.t() @ padded.index_select(0, table.t().flatten()).view(-1, width)
     return total
 
 
