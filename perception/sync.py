@@ -44,9 +44,9 @@ class SyncConfig(Config):
     sensors: dict[str, SensorTiming]
     wait_s: float = Field(0.0, ge=0)
     """Longest wait, in stamp time, for the other sensors; 0 emits at once."""
-    keep_s: float = Field(0.5, gt=0)
+    keep_s: float = Field(default=0.5, gt=0)
     """Messages older than their sensor's newest by more than this (or by what the options above need) are let go."""
-    keep_messages: int = Field(500, ge=1)
+    keep_messages: int = Field(default=500, ge=1)
     """Most messages held per sensor, whatever their stamps."""
     clock_jump_s: float = Field(1.0, gt=0)
     """A stamp this far behind its sensor's newest is a jump of the clock; less is a message out of order."""
@@ -200,6 +200,10 @@ class Synchronizer:
         while self._pending and self._due(self._pending[0].stamp_ns):
             sets.append(self._decide(self._pending.popleft()))
         return [s for s in sets if s is not None]
+
+    def clock_jumped(self, jump: ClockJump) -> None:
+        """Tell of a jump that a source outside the sets saw first (/tf, /clock): a new epoch begins at once."""
+        self._jump(jump)
 
     def flush(self) -> list[SyncedSet]:
         """The sets of all anchor messages still waiting, made of what there is: the input has ended."""

@@ -279,3 +279,15 @@ def test_with_a_long_enough_wait_the_order_of_arrival_does_not_matter(lidar, cam
             assert "camera" in synced.absent
         else:
             assert synced.matches["camera"].stamp_ns == nearest * MS
+
+
+def test_a_jump_that_another_source_saw_begins_a_new_epoch_too():
+    sync = Synchronizer(config(front={}))
+    push(sync, ("front", 5000), ("lidar", 5000), ("front", 5040))
+    sync.clock_jumped(ClockJump("/tf", 5000 * MS, 0))
+    assert (sync.epoch, sync.last_jump) == (1, ClockJump("/tf", 5000 * MS, 0))
+    (synced,) = push(sync, ("lidar", 0))
+    assert (synced.epoch, dict(synced.absent)) == (1, {"front": Absent("missing")})
+    assert sync.epoch == 1  # the sensors' own fall back is the same jump
+    assert sync.counts["front"].clock_jump == 1
+    assert accounted(sync, "front")
