@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 from pydantic import Field
+from torch import Tensor
 
 from perception.config import Config
 from perception.synthetic.faults import Fault, degrade, weather_of
@@ -27,7 +28,6 @@ from perception.synthetic.truth import (
 )
 from perception.types import CameraImage, OccupancyGrid3D, PointCloud, Pose, Sample, Truth, VoxelGrid
 
-KEY_PERIOD_S = 0.5
 FIRST_KEY_S = 1.0
 CAMERA_PERIOD_S = 1 / 12
 RADAR_PERIOD_S = 1 / 13
@@ -44,6 +44,7 @@ class GridConfig(Config):
 
 class CityConfig(Config):
     """A city. Scene k is made from `seed` + k alone; `scenes` of 20 s each hold 40 key frames, as nuScenes' do.
+    Its street depends on its length in seconds too, not on the rate of its key frames.
 
     `image_size` (width, height): scaled by width from the rig's own, then cropped at the top; None keeps it.
     """
@@ -51,7 +52,8 @@ class CityConfig(Config):
     name: Literal["city"] = "city"
     seed: int = 0
     scenes: int = Field(2, ge=1)
-    key_frames: int = Field(40, ge=1, le=200)
+    key_frames: int = Field(40, ge=1, le=1000)
+    key_period_s: float = Field(0.5, gt=0)
     rig: Literal["nuscenes", "kitti", "omnihd"] = "nuscenes"
     image_size: tuple[int, int] | None = (800, 450)
     cameras: tuple[str, ...] | None = None
@@ -81,7 +83,7 @@ class City:
     def __init__(self, config: CityConfig) -> None:
         self.config = config
         self.rig = _rig(config)
-        self.tokens = [f"{self.scene_name(s)}-{k:03d}" for s in range(config.scenes) for k in range(config.key_frames)]
+        self.tokens = [f"{self.name_of(s)}-{k:03d}" for s in range(config.scenes) for k in range(config.key_frames)]
         self._simulator = lru_cache(maxsize=2)(self._build)
         self._measured = lru_cache(maxsize=2)(self._measure)
 
@@ -99,21 +101,24 @@ class City:
         return self._measured(index).truth
 
     def occupancy_at(self, index: int, grid: VoxelGrid) -> OccupancyGrid3D:
-        """Occupancy truth of a key frame at any grid, in the configured taxonomy."""
-        measured = self._measured(index)
-        return self._occupancy(self._simulator(self.scene_of(index)), measured, grid)
+        """Occupancy truth of a key frame at any grid, in the configured taxonomy; without masks of what was seen."""
+        scene, k = divmod(index, self.config.key_frames)
+        stamp = self.key_stamps(scene)[k]
+        label = self._labels_at(self._simulator(scene), stamp, grid)
+        return occupancy_truth(label, grid, self.config.taxonomy, stamp, {})
 
-    def scene_of(self, index: int) -> int:
-        """The scene that a sample belongs to."""
-        return index // self.config.key_frames
+    def scene_name(self, i: int) -> str:
+        """The scene that sample i belongs to."""
+        return self.name_of(i // self.config.key_frames)
 
-    def scene_name(self, scene: int) -> str:
+    def name_of(self, scene: int) -> str:
+        """A scene's name, which tells its seed."""
         return f"city-{self.config.seed + scene:04d}"
 
     def key_stamps(self, scene: int) -> list[int]:
         """Stamps of a scene's key frames, ns."""
         clock = self._clock(scene)
-        return [clock.stamp(FIRST_KEY_S + k * KEY_PERIOD_S) for k in range(self.config.key_frames)]
+        return [clock.stamp(FIRST_KEY_S + k * self.config.key_period_s) for k in range(self.config.key_frames)]
 
     def map_from_ego(self, scene: int) -> Callable[[int], Pose]:
         """The true ego pose of a scene at any stamp between its first and last sensor frame."""
@@ -132,7 +137,7 @@ class City:
         Each sample's stamp is its sensor's own. `cameras` False leaves the images out (they take most of the time).
         """
         sim, clock = self._simulator(scene), self._clock(scene)
-        end = FIRST_KEY_S + (self.config.key_frames - 1) * KEY_PERIOD_S
+        end = self._last_key_s
         plan: list[tuple[int, str, int]] = []
         for i, lidar in enumerate(self.rig.lidars):
             count = int(end / lidar.period_s + 1e-6)
@@ -161,12 +166,15 @@ class City:
 
     def _camera_lag(self, camera: CameraSpec) -> float:
         """Seconds before a key frame's stamp at which its image is taken: when the LiDAR looks its way."""
-        return self.rig.lidars[0].time_of(camera.azimuth) if self.rig.lidars else 0.0
+        return self.rig.lidars[0].time_of(camera.azimuth) if self.rig.lidars and not self.rig.simultaneous else 0.0
+
+    @property
+    def _last_key_s(self) -> float:
+        return round(FIRST_KEY_S + (self.config.key_frames - 1) * self.config.key_period_s, 6)
 
     def _build(self, scene: int) -> Simulator:
         config = self.config
-        duration = FIRST_KEY_S + config.key_frames * KEY_PERIOD_S + 0.5
-        town = Scene.build(config.seed + scene, duration, config.periodic_furniture)
+        town = Scene.build(config.seed + scene, self._last_key_s + 1.0, config.periodic_furniture)
         return Simulator(
             town,
             self.rig,
@@ -205,7 +213,7 @@ class City:
         pictures = sim.expose(list(self.rig.cameras), taken, stamp) if self.rig.cameras else {}
         heard = [self._radar_stamp(scene, stamp, i) for i in range(len(self.rig.radars))]
         radars = sim.detect(list(self.rig.radars), heard, stamp) if heard else {}
-        previous = stamps[k - 1] if k else stamp - round(KEY_PERIOD_S * 1e9)
+        previous = stamps[k - 1] if k else stamp - round(config.key_period_s * 1e9)
         sample = Sample(
             stamp,
             {role: _accumulated(group) for role, group in scans.items()},
@@ -246,14 +254,16 @@ class City:
 
     def _occupancy(self, sim: Simulator, measured: _Measured, grid: VoxelGrid) -> OccupancyGrid3D:
         stamp, pictures = measured.sample.stamp_ns, list(measured.pictures.values())
-        solids = sim.scene.solids([sim.clock.seconds(stamp)], sim.device)
-        label = occupancy(sim.ground, solids, sim.pose(stamp), grid, sim.chunk)
-        observed = {}
+        label, observed = self._labels_at(sim, stamp, grid), {}
         for lidar in self.rig.lidars[:1]:
             observed["lidar"] = observed_by_lidar(grid, lidar, measured.scans[lidar.role], sim.device)
         if pictures:
             observed["camera"] = observed_by_cameras(grid, pictures, sim.device)
         return occupancy_truth(label, grid, self.config.taxonomy, stamp, observed)
+
+    def _labels_at(self, sim: Simulator, stamp: int, grid: VoxelGrid) -> Tensor:
+        solids = sim.scene.solids([sim.clock.seconds(stamp)], sim.device)
+        return occupancy(sim.ground, solids, sim.pose(stamp), grid, sim.chunk)
 
     def _radar_stamp(self, scene: int, stamp: int, i: int) -> int:
         """The last frame of radar i before a stamp."""
@@ -272,7 +282,7 @@ def _rig(config: CityConfig) -> Rig:
     if config.image_size is not None:
         cameras = [c.resized(*config.image_size) for c in cameras]
     radars = tuple(r for r in rig.radars if config.radars is None or r.role in config.radars)
-    return Rig(rig.name, rig.lidars, tuple(cameras), radars)
+    return replace(rig, cameras=tuple(cameras), radars=radars)
 
 
 def _accumulated(scans: list[LidarScan]) -> PointCloud:

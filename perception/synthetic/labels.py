@@ -6,6 +6,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from perception.datasets.nuscenes_layout import LIDARSEG_CLASSES
 from perception.types import Array
 
 
@@ -39,28 +40,8 @@ class Label(IntEnum):
     BICYCLIST = 24
 
 
-DETECTION_CLASSES = (
-    "car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
-    "traffic_cone",
-)  # fmt: skip
-"""nuScenes detection, in the order of Label."""
-
-NUSCENES_CLASSES = (
-    "noise", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian", "traffic_cone",
-    "trailer", "truck", "driveable_surface", "other_flat", "sidewalk", "terrain", "manmade", "vegetation", "free",
-)  # fmt: skip
-"""nuScenes-lidarseg challenge classes, and 17 for free voxels, as in Occ3D."""
-
-SEMANTICKITTI_CLASSES = (
-    "unlabeled", "car", "bicycle", "motorcycle", "truck", "other-vehicle", "person", "bicyclist", "motorcyclist",
-    "road", "parking", "sidewalk", "other-ground", "building", "fence", "vegetation", "trunk", "terrain", "pole",
-    "traffic-sign",
-)  # fmt: skip
-
-OMNIHD_CLASSES = (
-    "free", "car", "pedestrian", "rider", "large_vehicle", "cycle", "road_obstacle", "traffic_fence",
-    "driveable_surface", "sidewalk", "vegetation", "manmade",
-)  # fmt: skip
+NUSCENES_CLASSES = (*LIDARSEG_CLASSES, "free")
+"""nuScenes-lidarseg's classes, and 17 for free voxels, as in Occ3D."""
 
 # A row per Label: nuScenes, SemanticKITTI, OmniHD.
 _TABLE = np.array(

@@ -92,12 +92,13 @@ class RadarSpec:
 
 @dataclass(frozen=True)
 class Rig:
-    """The sensors of a vehicle."""
+    """The sensors of a vehicle. `simultaneous`: cameras expose at the LiDAR's stamp, not when it looks their way."""
 
     name: str
     lidars: tuple[LidarSpec, ...] = ()
     cameras: tuple[CameraSpec, ...] = ()
     radars: tuple[RadarSpec, ...] = field(default=())
+    simultaneous: bool = False
 
 
 def _looking(yaw_deg: float, xyz: tuple[float, float, float], pitch_deg: float = 0.0) -> Pose:
@@ -142,10 +143,11 @@ NUSCENES_RIG = Rig(
 
 KITTI_RIG = Rig(
     "kitti",
-    (LidarSpec("top", Pose.from_yaw(0.0, (0.76, 0.0, 1.73)), HDL64_DEG, 2083, 0.1, 180.0, 110.0, 1.0),),
-    (_camera("front", 718.9, (607.2, 185.2), (1242, 375), _looking(0.0, (1.03, 0.06, 1.65))),),
+    (LidarSpec("top", Pose.from_yaw(0.0, (0.0, 0.0, 1.73)), HDL64_DEG, 2083, 0.1, 180.0, 110.0, 1.0),),
+    (_camera("front", 718.9, (607.2, 185.2), (1242, 375), _looking(0.0, (0.27, 0.06, 1.65))),),
+    simultaneous=True,
 )
-"""SemanticKITTI: HDL-64E and the left colour camera."""
+"""SemanticKITTI: HDL-64E and the left colour camera, ego on the ground below the LiDAR, one stamp a frame."""
 
 OMNIHD_RIG = Rig(
     "omnihd",

@@ -9,14 +9,14 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from perception.datasets import omnihd_occupancy
+from perception.datasets.nuscenes_layout import DETECTION_CLASSES
+from perception.datasets.semantickitti_labels import POINT_CLASSES
 from perception.geometry import points_in_boxes
 from perception.synthetic.labels import (
-    DETECTION_CLASSES,
     NUSCENES_CLASSES,
     NUSCENES_LABEL,
-    OMNIHD_CLASSES,
     OMNIHD_LABEL,
-    SEMANTICKITTI_CLASSES,
     SEMANTICKITTI_LABEL,
     Label,
 )
@@ -38,8 +38,8 @@ from perception.types import (
 
 TAXONOMIES: dict[str, tuple[tuple[str, ...], Array, int]] = {
     "nuscenes": (NUSCENES_CLASSES, NUSCENES_LABEL, 17),
-    "semantickitti": (SEMANTICKITTI_CLASSES, SEMANTICKITTI_LABEL, 0),
-    "omnihd": (OMNIHD_CLASSES, OMNIHD_LABEL, 0),
+    "semantickitti": (POINT_CLASSES, SEMANTICKITTI_LABEL, 0),
+    "omnihd": (omnihd_occupancy.CLASSES, OMNIHD_LABEL, 0),
 }
 """Name -> classes, Label -> class, and the class of free voxels."""
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
+from perception.datasets.nuscenes_layout import DETECTION_CLASSES
 from perception.geometry import bev_iou, points_in_boxes, project_to_image
 from perception.synthetic.city import City, CityConfig
 from perception.synthetic.faults import Fault
-from perception.synthetic.labels import DETECTION_CLASSES, Label
+from perception.synthetic.labels import Label
 from perception.synthetic.traffic import rectangles_touch
 from perception.types import Boxes3D, Dataset, Sample, VoxelGrid
 
