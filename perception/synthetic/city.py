@@ -131,10 +131,13 @@ class City:
         """The scene itself, for those who want more than samples."""
         return self._simulator(scene)
 
-    def frames(self, scene: int, cameras: bool = True) -> Iterator[Sample]:
+    def frames(
+        self, scene: int, cameras: bool = True, after_ns: int = 0, until_ns: int = 2**63 - 1
+    ) -> Iterator[Sample]:
         """Every sensor frame of a scene, key frames included, in stamp order: samples of one sensor each.
 
-        Each sample's stamp is its sensor's own. `cameras` False leaves the images out (they take most of the time).
+        Each sample's stamp is its sensor's own, later than `after_ns` and not later than `until_ns`. `cameras` False
+        leaves the images out (they take most of the time).
         """
         sim, clock = self._simulator(scene), self._clock(scene)
         end = self._last_key_s
@@ -150,7 +153,7 @@ class City:
             ticks = range(int(0.5 / RADAR_PERIOD_S), int(end / RADAR_PERIOD_S) + 1)
             plan += [(clock.stamp(k * RADAR_PERIOD_S + _radar_phase(i)), "radar", i) for k in ticks
                      if k * RADAR_PERIOD_S + _radar_phase(i) <= end]  # fmt: skip
-        for stamp, kind, i in sorted(plan):
+        for stamp, kind, i in sorted(p for p in plan if after_ns < p[0] <= until_ns):
             if kind == "lidar":
                 lidar = self.rig.lidars[i]
                 yield Sample(stamp, lidars={lidar.role: sim.scan(lidar, [stamp], stamp)[0].cloud})
