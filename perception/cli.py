@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress, track
 
+from perception.datasets import dataset_config, open_dataset
 from perception.errors import DataError, PerceptionError
-from perception.types import Dataset
+from perception.types import Dataset, PointCloud
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
@@ -110,16 +113,76 @@ def evaluate(
     out.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where the pictures and results go.")] = Path("out/demo"),
+) -> None:
+    """Make a small city, draw a sample with its truth, and score the truth against itself by the official tools."""
+    from perception.evaluation.result import write_result
+    from perception.evaluation.run import RunConfig
+    from perception.evaluation.run import evaluate as run
+    from perception.predictor import TruthEchoConfig
+    from perception.visualize import write_pictures
+
+    source = dataset_config(_demo_city(), "the demo city")
+    dataset = open_dataset(source)
+    for path in write_pictures(folder, dataset[1], dataset.truth(1)):
+        out.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    boxes = RunConfig(dataset=source, predictor=TruthEchoConfig(output="boxes"), benchmark="nuscenes_detection")
+    voxels = RunConfig(dataset=source, predictor=TruthEchoConfig(output="occupancy"), benchmark="occ3d")
+    for config, name in ((boxes, "NDS"), (voxels, "mIoU")):
+        _, result = run(config, folder, progress=_progress)
+        write_result(folder / f"{config.benchmark}.json", result)
+        out.print(f"{config.benchmark}: the truth scores {name} {result.metrics[name]:.4f} on {result.samples} samples")
+
+
+@app.command()
+def synth(
+    layout: Annotated[
+        Literal["nuscenes", "semantickitti", "omnihd", "rosbag"], typer.Argument(help="rosbag is one MCAP a scene.")
+    ],
+    root: Annotated[Path, typer.Argument(help="The folder to write; nothing in it is overwritten.")],
+    train: Annotated[int, typer.Option(help="Training scenes.")] = 1,
+    val: Annotated[int, typer.Option(help="Validation scenes, of other seeds.")] = 1,
+    key_frames: Annotated[int, typer.Option(help="Key frames of a scene: 2 Hz (SemanticKITTI 10 Hz).")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the first training scene.")] = 0,
+    size: Annotated[str, typer.Option(help="Image size, WIDTHxHEIGHT.")] = "800x450",
+    sweeps: Annotated[bool, typer.Option("--sweeps", help="Images between key frames, 12 Hz.")] = False,
+    device: DeviceOption = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes; 0 is one a core.")] = 0,
+) -> None:
+    """Write a synthetic city, every sensor and every truth, in an official layout."""
+    from perception.config import validate
+    from perception.synthetic.export import ExportConfig, export
+
+    width, _, height = size.partition("x")
+    keys = {
+        "layout": layout,
+        "train": train,
+        "val": val,
+        "key_frames": key_frames,
+        "seed": seed,
+        "image_size": (width, height),
+        "sweeps": sweeps,
+        "device": device,
+        "workers": workers,
+    }
+    with _bar(f"writing {layout}") as advance:
+        export(validate(ExportConfig, keys, "the command line"), root, advance)
+    out.print(f"wrote {root}", soft_wrap=True, highlight=False)
+
+
 @bench_app.command("sparse")
 def bench_sparse(
     points: Annotated[Path | None, typer.Option(help="A nuScenes .pcd.bin. Without: a sample made here.")] = None,
     device: DeviceOption = "cpu",
-    backend: Annotated[list[str] | None, typer.Option(help="torch or spconv. Repeatable. Without: what runs.")] = None,
+    backend: Annotated[Literal["torch", "spconv"] | None, typer.Option(help="Without: all that are installed.")] = None,
     train: Annotated[bool, typer.Option("--train", help="Forward and backward instead of inference.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs, after three to warm up.")] = 10,
 ) -> None:
     """Sparse convolution: the encoder of SECOND over one LiDAR cloud, by backend and number type."""
     import numpy as np
+    import torch
 
     from perception.bench import bench_sparse as bench
     from perception.datasets.nuscenes_files import read_lidar
@@ -127,29 +190,62 @@ def bench_sparse(
 
     if points:
         xyz, fields = read_lidar(points)
+        features = np.concatenate([xyz, fields["intensity"][:, None]], 1)
     else:
         cloud = _city_cloud()
-        xyz, fields = cloud.xyz, cloud.fields
-    features = np.concatenate([xyz, fields["intensity"][:, None]], 1)
-    backends = backend or (["torch", "spconv"] if device.startswith("cuda") and find_spec("spconv") else ["torch"])
-    out.print(bench_table(bench(features, device, backends=backends, train=train, runs=runs)))
+        features = np.concatenate([cloud.xyz, cloud.field("intensity")[:, None]], 1)
+    on_gpu = device.startswith("cuda")
+    backends: list[Literal["torch", "spconv"]]
+    backends = [backend] if backend else ["torch", "spconv"] if on_gpu and find_spec("spconv") else ["torch"]
+    dtypes = (torch.float32, torch.float16) if on_gpu else (torch.float32,)
+    out.print(bench_table(bench(features, device, backends=backends, dtypes=dtypes, train=train, runs=runs)))
 
 
 def _open(source: Path | None, overrides: list[str]) -> Dataset:
     """The data set at a root, of a configuration's `dataset` keys, or the small one that is written here."""
     from perception.config import apply_override, read_yaml
-    from perception.datasets import dataset_config, detect_layout, open_dataset
+    from perception.datasets import detect_layout
 
     if source is None:
-        raise NotImplementedError
-    if source.suffix in (".yaml", ".yml"):
+        data = _demo_city()
+    elif source.suffix in (".yaml", ".yml"):
         data = read_yaml(source)
         data = data.get("dataset", data)
     else:
         data = detect_layout(source)
     for override in overrides:
         apply_override(data, override.removeprefix("dataset."))
-    return open_dataset(dataset_config(data, str(source)))
+    return open_dataset(dataset_config(data, str(source or "the demo city")))
+
+
+def _demo_city() -> dict[str, Any]:
+    """The `dataset` keys of a small city, made on first use."""
+    from perception.synthetic.demo import demo_city
+
+    with _bar("making a small city") as advance:
+        return demo_city(advance)
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, where that is a terminal; else a line a step."""
+    with Progress(*Progress.get_default_columns(), console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{title}: {what}", completed=done, total=total)
+            if not err.is_terminal:
+                err.print(f"{title}: {done} of {total}, {what}", highlight=False)
+
+        yield advance
+
+
+def _city_cloud() -> PointCloud:
+    """Ten sweeps of the city's LiDAR."""
+    from perception.synthetic.city import City, CityConfig
+
+    keys = {"scenes": 1, "key_frames": 1, "cameras": (), "radars": (), "occupancy": None, "sweeps": 10}
+    return City(CityConfig.model_validate(keys))[0].lidars["top"]
 
 
 def _find(tokens: Sequence[str], index: int, token: str | None) -> int:
@@ -170,6 +266,8 @@ def _progress(indices: Iterable[int], count: int) -> Iterable[int]:
 def main() -> None:
     """Run the command line: what the user can mend is one message (exit 2), anything else is exit 1."""
     debug = "--debug" in sys.argv
+    # Set before torch is imported: threads that spin at OpenMP's barriers cost tenfold where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(args=[a for a in sys.argv[1:] if a != "--debug"], prog_name="perception")
     except Exception as error:

@@ -1,14 +1,19 @@
 """The city written in the official layouts, by the writers of `perception.datasets`.
 
-Training and validation scenes come of seeds far apart, so that no street is in both.
+Training and validation scenes come of seeds far apart, so that no street is in both. On a CPU the key frames are
+simulated in several processes and written in order by this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +33,9 @@ from perception.types import Array, OccupancyGrid3D, Pose, Sample, Truth, VoxelG
 VALIDATION_SEED = 100_000
 """Validation scenes are made of seeds from here on."""
 
+Layout = Literal["nuscenes", "semantickitti", "omnihd", "rosbag"]
 Progress = Callable[[str, int, int], None]
-"""Called with (what, done, of how many)."""
+"""Called with (what is done, how many key frames are, of how many)."""
 
 
 class ExportConfig(Config):
@@ -44,17 +50,19 @@ class ExportConfig(Config):
         sweeps: images between key frames as well (12 Hz); a bag always has them. LiDAR and radar always are whole.
         occupancy: layouts of nuScenes occupancy written beside the tables.
         device: where the sensors are simulated.
+        workers: processes that simulate, on a CPU; 0 is one a core. A GPU is used by this process alone.
     """
 
-    layout: Literal["nuscenes", "semantickitti", "omnihd", "rosbag"] = "nuscenes"
+    layout: Layout = "nuscenes"
     train: int = Field(1, ge=0)
     val: int = Field(1, ge=0)
     key_frames: int = Field(10, ge=1, le=200)
     seed: int = Field(0, ge=0, lt=VALIDATION_SEED)
     image_size: tuple[int, int] = (800, 450)
     sweeps: bool = False
-    occupancy: tuple[OccupancyLayout, ...] = ("occ3d",)
+    occupancy: tuple[OccupancyLayout, ...] = ("occ3d", "openoccupancy", "surroundocc")
     device: str = "cpu"
+    workers: int = Field(0, ge=0)
 
 
 def export(config: ExportConfig, root: Path, progress: Progress = lambda what, done, total: None) -> None:
@@ -64,9 +72,9 @@ def export(config: ExportConfig, root: Path, progress: Progress = lambda what, d
         ConfigError: more scenes than the official splits have names for.
         DataError: something is there already.
     """
-    scenes = {"train": (config.seed, config.train), "val": (VALIDATION_SEED, config.val)}
-    cities = {split: _city(config, seed, count) for split, (seed, count) in scenes.items() if count}
-    total = sum(len(city) for city in cities.values())
+    counts = {"train": (config.seed, config.train), "val": (VALIDATION_SEED, config.val)}
+    cities = {split: _city_config(config, seed, count) for split, (seed, count) in counts.items() if count}
+    total = sum(city.scenes * city.key_frames for city in cities.values())
     done = 0
 
     def advance(what: str) -> None:
@@ -74,25 +82,19 @@ def export(config: ExportConfig, root: Path, progress: Progress = lambda what, d
         done += 1
         progress(what, done, total)
 
-    writers = {"nuscenes": _nuscenes, "semantickitti": _semantickitti, "omnihd": _omnihd, "rosbag": _rosbag}
-    writers[config.layout](config, cities, root, advance)
+    write = {"nuscenes": _nuscenes, "semantickitti": _semantickitti, "omnihd": _omnihd, "rosbag": _rosbag}
+    write[config.layout](config, cities, root, advance)
 
 
-Cities = Mapping[str, City]
+Cities = Mapping[str, CityConfig]
 Advance = Callable[[str], None]
-
-
-def _city(config: ExportConfig, seed: int, scenes: int) -> City:
-    """The scenes of a split, simulated with the rig and the names of the layout."""
-    keys = {"seed": seed, "scenes": scenes, "key_frames": config.key_frames, "device": config.device}
-    return City(CityConfig.model_validate({**keys, "image_size": config.image_size, **_RIGS[config.layout]}))
 
 
 def _grid_config(grid: VoxelGrid, frame: Literal["ego", "lidar"]) -> GridConfig:
     return GridConfig(min_corner=grid.min_corner, voxel_size=grid.voxel_size, shape=grid.shape, frame=frame)
 
 
-_RIGS: dict[str, dict[str, Any]] = {
+_RIGS: dict[Layout, dict[str, Any]] = {
     "nuscenes": {"rig": "nuscenes", "occupancy": _grid_config(occ3d.grid(None), "ego")},
     "semantickitti": {
         "rig": "kitti",
@@ -107,10 +109,89 @@ _RIGS: dict[str, dict[str, Any]] = {
 """What of a city's configuration each layout asks for. nuScenes' other occupancies are asked for one by one."""
 
 
+def _city_config(config: ExportConfig, seed: int, scenes: int) -> CityConfig:
+    """The scenes of a split, simulated with the rig and the names of the layout."""
+    keys = {"seed": seed, "scenes": scenes, "key_frames": config.key_frames, "device": config.device}
+    return CityConfig.model_validate({**keys, "image_size": config.image_size, **_RIGS[config.layout]})
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A key frame to simulate, and what is asked for beside it.
+
+    Attributes:
+        sweeps: of which sensors to simulate all frames since the key frame before: no one's, LiDAR and radar, all.
+        occupancy: in which layouts of nuScenes.
+    """
+
+    city: CityConfig
+    index: int
+    sweeps: Literal["none", "clouds", "all"] = "none"
+    occupancy: tuple[OccupancyLayout, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _KeyFrame:
+    sample: Sample
+    truth: Truth
+    sweeps: list[Sample]
+    occupancy: dict[OccupancyLayout, OccupancyGrid3D]
+
+
+_open_city = lru_cache(maxsize=2)(City)  # a worker's own, whose scenes are built once
+
+
+def _simulate(task: _Task) -> _KeyFrame:
+    city = _open_city(task.city)
+    sample, truth = city[task.index], city.truth(task.index)
+    occupancy = {layout: _nuscenes_occupancy(city, task.index, layout, sample, truth) for layout in task.occupancy}
+    return _KeyFrame(sample, truth, _simulate_sweeps(task), occupancy)
+
+
+def _simulate_sweeps(task: _Task) -> list[Sample]:
+    """The sensor frames later than the key frame before, the key frame's own included."""
+    if task.sweeps == "none":
+        return []
+    city = _open_city(task.city)
+    scene, k = divmod(task.index, task.city.key_frames)
+    stamps = city.key_stamps(scene)
+    return list(city.frames(scene, task.sweeps == "all", stamps[k - 1] if k else 0, stamps[k]))
+
+
+T = TypeVar("T")
+
+
+def _in_order(config: ExportConfig, simulate: Callable[[_Task], T], tasks: list[_Task]) -> Iterator[T]:
+    """What `simulate` gives for each task, in order; made ahead by other processes where that helps."""
+    workers = 1 if torch.device(config.device).type == "cuda" else config.workers or os.cpu_count() or 1
+    if workers == 1 or len(tasks) == 1:
+        yield from map(simulate, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = [pool.submit(simulate, task) for task in tasks[: 2 * workers]]
+        for task in [*tasks[2 * workers :], *[None] * len(waiting)]:
+            yield waiting.pop(0).result()
+            if task is not None:  # as many as are taken: key frames wait in memory
+                waiting.append(pool.submit(simulate, task))
+
+
 def _named(occupancy: OccupancyGrid3D, classes: tuple[str, ...], free_label: int) -> OccupancyGrid3D:
     """The same occupancy under a benchmark's names: its classes have the city's numbers, but for the free one."""
     label = np.where(occupancy.label == occupancy.free_label, np.uint8(free_label), occupancy.label)
     return replace(occupancy, label=label, classes=classes, free_label=free_label)
+
+
+def _scene_names(cities: Cities, names: Mapping[str, tuple[str, ...]]) -> list[tuple[str, CityConfig, int, str]]:
+    """(split, city, scene, its name in the layout); ConfigError where the layout has no more names."""
+    found = []
+    for split, city in cities.items():
+        if city.scenes > len(names[split]):
+            raise ConfigError(
+                f"{split}: {city.scenes} scenes, the official split has names for {len(names[split])}", "ask for fewer"
+            )
+        found += [(split, city, scene, names[split][scene]) for scene in range(city.scenes)]
+    return found
 
 
 def _nuscenes(config: ExportConfig, cities: Cities, root: Path, advance: Advance) -> None:
@@ -118,48 +199,53 @@ def _nuscenes(config: ExportConfig, cities: Cities, root: Path, advance: Advance
     splits = official_splits()
     small = config.train <= len(splits["mini_train"]) and config.val <= len(splits["mini_val"])
     version, prefix = ("v1.0-mini", "mini_") if small else ("v1.0-trainval", "")
-    for split, city in cities.items():
-        if city.config.scenes > len(splits[prefix + split]):
-            held = len(splits[prefix + split])
-            raise ConfigError(f"{split}: {city.config.scenes} scenes, the official split has {held}", "ask for fewer")
+    scenes = _scene_names(cities, {split: splits[prefix + split] for split in cities})
+    sweeps: Literal["clouds", "all"] = "all" if config.sweeps else "clouds"
+    tasks = [
+        _Task(city, scene * config.key_frames + k, sweeps, config.occupancy)
+        for _, city, scene, _ in scenes
+        for k in range(config.key_frames)
+    ]
     with NuScenesWriter(root, version) as writer:
-        for split, city in cities.items():
-            for scene, name in zip(range(city.config.scenes), splits[prefix + split], strict=False):
-                _nuscenes_scene(config, city, scene, name, writer, advance)
+        key_frames = _in_order(config, _simulate, tasks)
+        for split, city, scene, name in scenes:
+            _start_nuscenes_scene(writer, _open_city(city), scene, name, prefix + split)
+            taken: set[tuple[str, str, int]] = set()
+            for k in range(config.key_frames):
+                key = next(key_frames)
+                # The readings of a key frame come again among all frames, the latest of them before the next one.
+                taken |= {(kind, role, r.stamp_ns) for kind, role, r in _readings(key.sample)}
+                for sweep in key.sweeps:
+                    if not any((kind, role, r.stamp_ns) in taken for kind, role, r in _readings(sweep)):
+                        writer.add_sweep(sweep)
+                writer.add_sample(key.sample, key.truth)
+                for layout, occupancy in key.occupancy.items():
+                    writer.add_occupancy(layout, occupancy)
+                advance(f"{name}, key frame {k + 1}")
 
 
-def _nuscenes_scene(
-    config: ExportConfig, city: City, scene: int, name: str, writer: NuScenesWriter, advance: Advance
-) -> None:
-    """Every sensor frame in the order of stamps, in a map whose origin is the lower left corner of its mask."""
+def _readings(sample: Sample) -> Iterator[tuple[str, str, Any]]:
+    for kind in ("lidars", "radars", "cameras"):
+        for role, reading in getattr(sample, kind).items():
+            yield kind, role, reading
+
+
+def _start_nuscenes_scene(writer: NuScenesWriter, city: City, scene: int, name: str, split: str) -> None:
+    """Begin a scene in a map whose origin is the lower left corner of its mask.
+
+    `splits.json` says which scenes of the official split there are, so that a part of one is a whole split here.
+    """
     ground = city.simulator(scene).scene.ground
     map_from_city = Pose(np.eye(3), np.array([-ground.corner[0], -ground.corner[1], 0.0]))
     city_from_ego = city.map_from_ego(scene)
     writer.start_scene(
         name,
         lambda stamp_ns: map_from_city @ city_from_ego(stamp_ns),
+        split=split,
         location="synthetic-city",
         description=f"seed {city.config.seed + scene}",
         map_mask=_drivable(ground),
     )
-    key_of_stamp = {stamp: scene * config.key_frames + k for k, stamp in enumerate(city.key_stamps(scene))}
-    waiting: list[Sample] = []
-    taken: set[tuple[str, int]] = set()  # readings of key frames, which come again among all frames
-    for frame in city.frames(scene, cameras=config.sweeps):
-        if not (frame.lidars and frame.stamp_ns in key_of_stamp):
-            waiting.append(frame)
-            continue
-        i = key_of_stamp[frame.stamp_ns]
-        sample, truth = city[i], city.truth(i)
-        taken |= {(role, r.stamp_ns) for kind in (sample.cameras, sample.radars) for role, r in kind.items()}
-        for sweep in waiting:
-            if not any((role, sweep.stamp_ns) in taken for role in (*sweep.cameras, *sweep.radars)):
-                writer.add_sweep(sweep)
-        waiting = []
-        writer.add_sample(sample, truth)
-        for layout in config.occupancy:
-            writer.add_occupancy(layout, _nuscenes_occupancy(city, i, layout, sample, truth))
-        advance(f"{name}, key frame {i % config.key_frames + 1}")
 
 
 def _nuscenes_occupancy(
@@ -183,54 +269,64 @@ def _drivable(ground: Ground) -> Array:
 
 
 def _semantickitti(config: ExportConfig, cities: Cities, root: Path, advance: Advance) -> None:
-    """10 Hz sequences, 00 on for training, 08 for validation: SemanticKITTI has no other validation sequence."""
+    """10 Hz sequences; a completion volume for every fifth scan. 08 is the one validation sequence there is."""
     names = {"train": ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10"), "val": ("08",)}
-    for split, city in cities.items():
-        if city.config.scenes > len(names[split]):
-            held = len(names[split])
-            raise ConfigError(f"{split}: {city.config.scenes} scenes, SemanticKITTI has {held}", "ask for fewer")
+    scenes = _scene_names(cities, names)
+    count = config.key_frames
+    tasks = [_Task(city, scene * count + k) for _, city, scene, _ in scenes for k in range(count)]
+    key_frames = _in_order(config, _simulate, tasks)
     with SemanticKITTIWriter(root) as writer:
-        for split, city in cities.items():
-            for scene, name in zip(range(city.config.scenes), names[split], strict=False):
-                writer.start_sequence(name, city.map_from_ego(scene))
-                for k in range(config.key_frames):
-                    i = scene * config.key_frames + k
-                    truth = city.truth(i)
-                    assert truth.occupancy is not None
-                    volume = _named(truth.occupancy, semantickitti_voxels.CLASSES, semantickitti_voxels.FREE_LABEL)
-                    writer.add_sample(city[i], replace(truth, occupancy=volume if k % 5 == 0 else None))
-                    advance(f"sequence {name}, scan {k + 1}")
+        for _, city, scene, name in scenes:
+            writer.start_sequence(name, _open_city(city).map_from_ego(scene))
+            for k in range(count):
+                key = next(key_frames)
+                assert key.truth.occupancy is not None
+                volume = _named(key.truth.occupancy, semantickitti_voxels.CLASSES, semantickitti_voxels.FREE_LABEL)
+                writer.add_sample(key.sample, replace(key.truth, occupancy=volume if k % 5 == 0 else None))
+                advance(f"sequence {name}, scan {k + 1}")
 
 
 def _omnihd(config: ExportConfig, cities: Cities, root: Path, advance: Advance) -> None:
     """Key frames at 2 Hz, and between them LiDAR and radars at 10 Hz."""
+    count, every = config.key_frames, 5
+    update = {"key_period_s": 0.1, "cameras": (), "occupancy": None, "key_frames": every * (count - 1) + 1}
+    between = {split: city.model_copy(update=update) for split, city in cities.items()}
+    frames = [
+        (split, scene, k)
+        for split, city in cities.items()
+        for scene in range(city.scenes)
+        for k in range(every * (count - 1) + 1)
+    ]
+    tasks = [
+        _Task(between[split], scene * between[split].key_frames + k)
+        if k % every
+        else _Task(cities[split], scene * count + k // every)
+        for split, scene, k in frames
+    ]
     with OmniHDWriter(root) as writer:
-        for split, city in cities.items():
-            between = City(city.config.model_copy(update=_BETWEEN | {"key_frames": 5 * (config.key_frames - 1) + 1}))
-            for scene in range(city.config.scenes):
+        for (split, scene, k), key in zip(frames, _in_order(config, _simulate, tasks), strict=True):
+            if k == 0:
+                city = _open_city(cities[split])
                 writer.start_clip(city.name_of(scene), city.map_from_ego(scene), split)
-                for k in range(between.config.key_frames):
-                    i = scene * config.key_frames + k // 5
-                    if k % 5:
-                        writer.add_sweep(between[scene * between.config.key_frames + k])
-                        continue
-                    writer.add_sample(city[i], city.truth(i))
-                    advance(f"clip {scene}, key frame {k // 5 + 1}")
-
-
-_BETWEEN = {"key_period_s": 0.1, "cameras": (), "occupancy": None}
+            if k % every:
+                writer.add_sweep(key.sample)
+            else:
+                writer.add_sample(key.sample, key.truth)
+                advance(f"{split} clip {scene}, key frame {k // every + 1}")
 
 
 def _rosbag(config: ExportConfig, cities: Cities, root: Path, advance: Advance) -> None:
     """One MCAP bag a scene, every sensor at its own rate."""
     from perception.datasets.rosbag import RosbagWriter  # extra `bag`
 
-    for split, city in cities.items():
-        for scene in range(city.config.scenes):
-            keys = set(city.key_stamps(scene))
-            with RosbagWriter(root / f"{split}_{scene:03d}") as writer:
-                writer.start(city.map_from_ego(scene))
-                for frame in city.frames(scene):
+    count = config.key_frames
+    scenes = [(split, city, scene) for split, city in cities.items() for scene in range(city.scenes)]
+    tasks = [_Task(city, scene * count + k, "all") for _, city, scene in scenes for k in range(count)]
+    intervals = _in_order(config, _simulate_sweeps, tasks)
+    for split, city, scene in scenes:
+        with RosbagWriter(root / f"{split}_{scene:03d}") as writer:
+            writer.start(_open_city(city).map_from_ego(scene))
+            for k in range(count):
+                for frame in next(intervals):
                     writer.add(frame)
-                    if frame.lidars and frame.stamp_ns in keys:
-                        advance(f"{split} {scene}, {frame.stamp_ns}")
+                advance(f"{split} {scene}, second {k / 2:.1f}")
