@@ -28,7 +28,7 @@ from perception.datasets.semantickitti import EGO_FROM_LIDAR, SemanticKITTIWrite
 from perception.errors import ConfigError
 from perception.synthetic.city import City, CityConfig, GridConfig
 from perception.synthetic.roads import PIXEL_M, Ground
-from perception.types import Array, OccupancyGrid3D, Pose, Sample, Truth, VoxelGrid
+from perception.types import Array, Boxes3D, OccupancyGrid3D, Pose, Sample, Truth, VoxelGrid
 
 VALIDATION_SEED = 100_000
 """Validation scenes are made of seeds from here on."""
@@ -311,8 +311,22 @@ def _omnihd(config: ExportConfig, cities: Cities, root: Path, advance: Advance) 
             if k % every:
                 writer.add_sweep(key.sample)
             else:
-                writer.add_sample(key.sample, key.truth)
+                assert key.truth.boxes is not None
+                writer.add_sample(key.sample, replace(key.truth, boxes=_omnihd_boxes(key.truth.boxes)))
                 advance(f"{split} clip {scene}, key frame {k // every + 1}")
+
+
+_OMNIHD_CLASSES = ("car", "large_vehicle", "pedestrian", "rider")
+_OMNIHD_LABEL = {"car": 0, "truck": 1, "construction_vehicle": 1, "bus": 1, "trailer": 1, "pedestrian": 2}
+
+
+def _omnihd_boxes(boxes: Boxes3D) -> Boxes3D:
+    """What OmniHD-Scenes annotates: vehicles, pedestrians and ridden cycles; a rider is boxed with the cycle."""
+    assert boxes.attribute is not None
+    label = np.array([_OMNIHD_LABEL.get(boxes.classes[k], -1) for k in boxes.label], np.int64)
+    label[boxes.attribute == "cycle.with_rider"] = _OMNIHD_CLASSES.index("rider")
+    kept = label >= 0
+    return replace(boxes.select(kept), label=label[kept], classes=_OMNIHD_CLASSES, attribute=None)
 
 
 def _rosbag(config: ExportConfig, cities: Cities, root: Path, advance: Advance) -> None:
