@@ -522,7 +522,7 @@ def _detections(
         "radial_velocity": radial, "radial_velocity_comp": compensated,
         "vx": radial * u[:, 0], "vy": radial * u[:, 1],
         "vx_comp": compensated * u[:, 0], "vy_comp": compensated * u[:, 1],
-        "motion_state": (np.abs(compensated) > 0.5).astype(float), "valid_flag": real.astype(float),
+        "motion_state": (np.abs(compensated) > 0.5).astype(float), "valid": real.astype(float),
     }  # fmt: skip
     return PointCloud(
         (u * distance[:, None]).astype(np.float32),
