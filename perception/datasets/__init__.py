@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perception.config import Config, schema_of, validate
+from perception.datasets.rosbag_file import is_bag
 from perception.errors import DataError
 from perception.types import Dataset
 
@@ -17,6 +18,7 @@ DATASETS = {
     "omnihd": "perception.datasets.omnihd:OmniHD",
     "view_of_delft": "perception.datasets.view_of_delft:ViewOfDelft",
     "mmdet3d_infos": "perception.datasets.mmdet3d_infos:Mmdet3dInfos",
+    "rosbag": "perception.datasets.rosbag:Rosbag",
 }
 """Name in a configuration -> module:Class; the configuration of `Class` is `ClassConfig` beside it."""
 
@@ -33,10 +35,12 @@ def open_dataset(config: Config) -> Dataset:
 
 
 def detect_layout(root: Path) -> dict[str, Any]:
-    """What lies at `root`, told from the folders that only one layout has, as the keys of a configuration.
+    """What lies at `root`, told from the files that only one layout has, as the keys of a configuration.
 
     Raises DataError that lists what each layout looks like.
     """
+    if root.exists() and is_bag(root):
+        return {"name": "rosbag", "root": root}
     if not root.is_dir():
         raise DataError(f"{root}: no such folder", "give the data set's root, or a configuration file (.yaml)")
     versions = sorted(p.parent.name for p in root.glob("v1.0-*/scene.json"))
@@ -55,5 +59,6 @@ def detect_layout(root: Path) -> dict[str, Any]:
     raise DataError(
         f"{root}: not a layout that is known here; it holds {holds}",
         "nuScenes has v1.0-*/scene.json, SemanticKITTI sequences/*/velodyne, View-of-Delft radar/training/velodyne, "
-        "OmniHD-Scenes v1.0-*/sensor_calibration.json, mmdetection3d infos.json",
+        "OmniHD-Scenes v1.0-*/sensor_calibration.json, mmdetection3d infos.json, "
+        "rosbag2 metadata.yaml and .mcap or .db3",
     )
