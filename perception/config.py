@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from perception.errors import ConfigError
 
@@ -19,8 +20,16 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _home(cls, value: Any) -> Any:
+        # No shell stands between a YAML file, or --set root=~/data, and us.
+        return value.expanduser() if isinstance(value, Path) else value
+
 
 C = TypeVar("C", bound=Config)
+
+_COMMAND_LINE = "the command line"
 
 
 def load_config(schema: type[C], path: Path | str | None = None, overrides: Sequence[str] = ()) -> C:
@@ -32,7 +41,7 @@ def load_config(schema: type[C], path: Path | str | None = None, overrides: Sequ
     data = read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         apply_override(data, override)
-    return validate(schema, data, str(path) if path is not None else "the command line")
+    return validate(schema, data, str(path) if path is not None else _COMMAND_LINE)
 
 
 def validate(schema: type[C], data: Mapping[str, Any], where: str, prefix: str = "") -> C:
@@ -84,7 +93,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: expected KEY=VALUE", "for example  --set dataset.split=mini_val")
     *parents, last = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:  # absent, or left empty in the file
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override!r}: {parent!r} holds a value, not keys", "drop the part after it")
     try:
@@ -94,28 +105,67 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError, schema: type[Config], where: str, prefix: str) -> tuple[str, str]:
-    """What is wrong and what to do, of the first error of a validation."""
-    first = error.errors()[0]
-    key = prefix + ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] != "extra_forbidden":
-        return (
-            f"{where}: {key}: {first['msg']}, got {first['input']!r}{more}",
-            f"set {key} in {where}, or with --set {key}=...",
-        )
-    known = _fields(schema, first["loc"][:-1])
-    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{where}: unknown key {key!r}{more}", f"{hint}known keys: {', '.join(known)}"
+    """What is wrong and what to do, of the first key that a validation found at fault."""
+    errors = error.errors()
+    first = errors[0]
+    loc, siblings = _locate(schema, first["loc"])
+    key = prefix + ".".join(map(str, loc))
+    # One value that fits no branch of a union is one error of each branch, some of them deeper inside it.
+    same = [e for e in errors if _locate(schema, e["loc"])[0][: len(loc)] == loc]
+    more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(loc[-1]), siblings, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{where}: unknown key {key!r}{more}", f"{hint}known keys: {', '.join(siblings)}"
+    if not loc:  # a check across keys, which names them itself
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}{more}", "change one of the keys it names"
+    do = f"--set {key}=..." if where == _COMMAND_LINE else f"set {key} in {where}, or with --set {key}=..."
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing{more}", do
+    if any(e["type"] == "string_type" and isinstance(e["input"], int | float) for e in same):
+        do += "; put in quotes what YAML would read as a number: '00'"
+    wrong = ", or: ".join(dict.fromkeys(e["msg"] for e in same))
+    return f"{where}: {key}: {wrong}, got {first['input']!r}{more}", do
 
 
-def _fields(schema: type[BaseModel], parents: tuple[int | str, ...]) -> list[str]:
-    """The keys known under a path of parent keys."""
-    for parent in parents:
-        info = schema.model_fields.get(str(parent))
-        options = [info.annotation, *getattr(info.annotation, "__args__", ())] if info else []
-        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not models:
-            return []
-        schema = models[0]
-    return sorted(schema.model_fields)
+def _locate(schema: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], list[str]]:
+    """The keys of an error's location that a user wrote, and those that are known beside the last of them.
+
+    pydantic puts the name of the branch, such as `tuple[str, ...]`, behind a key whose type is a union.
+    """
+    kept: list[int | str] = []
+    here, parent, in_branch = [schema], [schema], True
+    for part in loc:
+        below = _below(here, part)
+        if not below and len(here) > 1 and not in_branch:
+            in_branch = True
+            continue
+        kept.append(part)
+        here, parent, in_branch = below, here, False
+    models = [kind for kind in parent if _is_model(kind)]
+    return tuple(kept), sorted(name for model in models for name in model.model_fields)
+
+
+def _below(kinds: Sequence[Any], part: int | str) -> list[Any]:
+    """The types of what a key, or a place in a sequence, leads to; none where no type of `kinds` has it."""
+    found: list[Any] = []
+    for kind in kinds:
+        if _is_model(kind):
+            found += _branches(kind.model_fields[part].annotation) if part in kind.model_fields else []
+        elif get_origin(kind) is dict:
+            found += _branches(get_args(kind)[1])
+        elif isinstance(part, int):
+            found += [branch for item in get_args(kind) if item is not ... for branch in _branches(item)]
+    return found
+
+
+def _branches(annotation: Any) -> list[Any]:
+    """The types of a union but None, or the one type."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        options = get_args(annotation)[: 1 if get_origin(annotation) is Annotated else None]
+        return [branch for option in options for branch in _branches(option)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def _is_model(kind: Any) -> bool:
+    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -8,16 +8,18 @@ class PerceptionError(ValueError):
 
     Args:
         what: what is wrong, with the offending value, and where (file, topic, config path).
-        do: what the user can do about it; printed on the following, indented lines.
+        do: what the user can do about it; printed on the following, indented lines. Empty only where torch makes the
+            error anew: what a DataLoader worker raises comes out as `type(error)(text)`, the text holding both and the
+            worker's traceback, and as a bare RuntimeError if that call fails.
     """
 
-    def __init__(self, what: str, do: str) -> None:
+    def __init__(self, what: str, do: str = "") -> None:
         self.what = what
         self.do = do
-        super().__init__(f"{what}\n  {do}")
+        super().__init__(f"{what}\n  {do}" if do else what)
 
     def __reduce__(self) -> tuple:
-        # A DataLoader worker pickles what it raises; the default would call __init__ with one argument.
+        # The default would give __init__ the whole text as `what`.
         return type(self), (self.what, self.do)
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
+from torch.utils.data import DataLoader
 
 from perception.config import Config, apply_override, load_config, read_yaml
 from perception.errors import ConfigError, DataError, PerceptionError
@@ -74,6 +76,54 @@ def test_a_wrong_value_names_the_key_and_the_value(tmp_path):
         load_config(Settings, overrides=["name=kitti"])
 
 
+class Sensors(Config):
+    split: Literal["train", "val"] | tuple[str, ...] = "val"
+    spare: Camera | str | None = None
+    sensors: dict[str, Camera] = Field(default_factory=dict)
+    order: tuple[Camera, ...] = ()
+
+    @model_validator(mode="after")
+    def _front_is_there(self):
+        if self.sensors and "front" not in self.sensors:
+            raise ValueError(f"sensors {list(self.sensors)} without 'front'")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        # pydantic's location is ("split", "literal['train','val']"), and a second error for the other branch.
+        ("split=vall", r"split: .*'train' or 'val', or: .*valid tuple, got 'vall'\n  --set split=\.\.\."),
+        ("split=[00, 03]", r"split: .*valid string, got \[0, 3\]\n .*in quotes what YAML would read as a number"),
+        ("spare={topc: /x}", r"unknown key 'spare.topc'.*\n  did you mean 'topic'\?"),
+        ("sensors.front.topc=/x", r"unknown key 'sensors.front.topc'\n  did you mean 'topic'\?"),
+        ("sensors.front.width_px=wide", r"sensors.front.width_px: .*, got 'wide'"),
+        ("order=[{topc: /x}]", r"unknown key 'order.0.topc'\n  did you mean 'topic'\?"),
+        ("sensors.back.topic=/x", r"^the command line: sensors \['back'\] without 'front'\n"),
+    ],
+)
+def test_a_key_is_named_as_the_user_wrote_it(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(Sensors, overrides=[override])
+
+
+def test_a_missing_key_is_said_to_be_missing():
+    class Needs(Config):
+        root: Path
+
+    with pytest.raises(ConfigError, match=r"root is missing\n  --set root="):
+        load_config(Needs)
+
+
+def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
+    assert load_config(Settings, write(tmp_path, "spare:\n"), ["spare.topic=/x"]).spare == Camera(topic="/x")
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/kim")
+    assert load_config(Settings, overrides=["root=~/data"]).root == Path("/home/kim/data")
+
+
 def test_a_missing_file_lists_those_beside_it(tmp_path):
     write(tmp_path, "")
     with pytest.raises(ConfigError, match=r"vehicel.yaml: no such configuration file\n  .* holds: vehicle.yaml"):
@@ -119,3 +169,18 @@ def test_errors_say_what_and_then_what_to_do():
     error = DataError("a.bin: 7 bytes, expected 8", "fetch it again")
     assert str(error) == "a.bin: 7 bytes, expected 8\n  fetch it again"
     assert isinstance(error, PerceptionError)
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.what, again.do) == (DataError, error.what, error.do)
+
+
+class _Broken:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        raise DataError("a.bin: 7 bytes, expected 8", "fetch it again")
+
+
+def test_a_data_loaders_worker_raises_the_error_of_the_data_set():
+    with pytest.raises(DataError, match=r"(?s)worker process 0.*a.bin: 7 bytes, expected 8\n  fetch it again"):
+        next(iter(DataLoader(_Broken(), num_workers=1)))
