@@ -91,7 +91,7 @@ def voxels_of_rows(rows: Array, columns: Sequence[int], grid: VoxelGrid, where: 
     """Rows of one voxel each -> linear indices (N,) int64 in [x, y, z] C order, and the raw label of the last column.
 
     Args:
-        rows: (N, 4 or more) integers.
+        rows: (N, 4 or more); index and label are whole numbers in any type (beside velocities they stand as floats).
         columns: which columns hold the x, y and z index.
         grid: the layout's grid.
         where: names the file, for the message.
@@ -99,11 +99,19 @@ def voxels_of_rows(rows: Array, columns: Sequence[int], grid: VoxelGrid, where: 
     Raises:
         DataError: another shape or kind of number, an index outside the grid, or a label outside 0 to 255.
     """
-    if rows.ndim != 2 or rows.shape[1] < 4 or not np.issubdtype(rows.dtype, np.integer):
+    if rows.ndim != 2 or rows.shape[1] < 4:
         raise DataError(
-            f"{where}: expected (N, 4) integers, got {rows.shape} {rows.dtype}", "is it a file of another layout?"
+            f"{where}: expected rows of 4 numbers, got {rows.shape} {rows.dtype}", "is it a file of another layout?"
         )
-    index = rows[:, list(columns)].astype(np.int64)  # (N, 3)
+    read = rows[:, [*columns, -1]]  # (N, 4)
+    with np.errstate(invalid="ignore"):
+        whole = read.astype(np.int64)
+    if (broken := (whole != read).any(1)).any():
+        raise DataError(
+            f"{where}: {int(broken.sum())} of {len(rows)} rows are no whole numbers: {read[broken][0].tolist()}",
+            "is it a file of another layout?",
+        )
+    index, label = whole[:, :3], whole[:, 3]
     outside = ((index < 0) | (index >= grid.shape)).any(1)
     if outside.any():
         raise DataError(
@@ -111,7 +119,6 @@ def voxels_of_rows(rows: Array, columns: Sequence[int], grid: VoxelGrid, where: 
             f"(x, y, z) = {tuple(index[outside][0].tolist())}",
             "is it a file of another layout or resolution?",
         )
-    label = rows[:, -1].astype(np.int64)
     if len(label) and not 0 <= label.min() <= label.max() <= 255:
         raise DataError(f"{where}: labels {label.min()} to {label.max()}", "is it a file of another layout?")
     return np.ravel_multi_index(tuple(index.T), grid.shape), label
@@ -119,7 +126,7 @@ def voxels_of_rows(rows: Array, columns: Sequence[int], grid: VoxelGrid, where: 
 
 def check_labels(label: Array, classes: tuple[str, ...], where: str) -> None:
     """Raise DataError unless every label names a class or is IGNORE_LABEL."""
-    unknown = label[(label >= len(classes)) & (label != IGNORE_LABEL)]
+    unknown = label[((label < 0) | (label >= len(classes))) & (label != IGNORE_LABEL)]
     if len(unknown):
         raise DataError(
             f"{where}: label {int(unknown[0])} in {len(unknown)} voxels; the layout knows 0 to {len(classes) - 1}",

@@ -58,8 +58,6 @@ def read(path: Path, stamp_ns: int) -> OccupancyGrid3D:
     """
     voxels = grid()
     (rows,) = read_npz(path, (_KEY,), max_bytes=int(np.prod(voxels.shape)) * 4 * 8, source=_SOURCE)
-    if np.issubdtype(rows.dtype, np.floating) and (rows == np.rint(rows)).all():
-        rows = rows.astype(np.int64)  # the authors' tools save whole numbers in either kind
     index, label = voxels_of_rows(rows, _COLUMNS_OF_XYZ, voxels, str(path))
     check_labels(label, CLASSES, str(path))
     if (label == IGNORE_LABEL).any():

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from perception.datasets.occupancy_files import check_layout, read_npy, read_npz, voxels_of_rows
+from perception.datasets.occupancy_files import check_labels, check_layout, read_npy, read_npz, voxels_of_rows
 from perception.errors import DataError
 from perception.types import OccupancyGrid3D, Pose, VoxelGrid
 
@@ -99,8 +99,9 @@ def test_a_zip_bomb_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (np.zeros((2, 3), np.int64), r"expected \(N, 4\) integers, got \(2, 3\) int64"),
-        (np.zeros((2, 4)), r"got \(2, 4\) float64"),
+        (np.zeros((2, 3), np.int64), r"expected rows of 4 numbers, got \(2, 3\) int64"),
+        (np.array([[0, 0, 0, 1], [0, 0.5, 0, 1]]), r"1 of 2 rows are no whole numbers: \[0.0, 0.5, 0.0, 1.0\]"),
+        (np.array([[0, 0, np.nan, 1]]), r"1 of 1 rows are no whole numbers"),
         (
             np.array([[0, 0, 0, 1], [1, 4, 0, 1]]),
             r"1 of 2 rows lie outside the grid \(4, 3, 2\): \(x, y, z\) = \(0, 4, 1\)",
@@ -119,6 +120,19 @@ def test_rows_become_linear_indices():
     index, label = voxels_of_rows(np.array([[1, 2, 3, 9]], np.uint16), (2, 1, 0), GRID, "a file")
     assert np.unravel_index(index, GRID.shape) == (3, 2, 1)
     assert label.tolist() == [9]
+
+
+def test_index_and_label_beside_velocities_are_floats():
+    rows = np.array([[1, 2, 3, -0.25, 7.5, np.nan, 9]], np.float32)
+    index, label = voxels_of_rows(rows, (2, 1, 0), GRID, "a file")
+    assert np.unravel_index(index, GRID.shape) == (3, 2, 1)
+    assert label.tolist() == [9]
+
+
+def test_a_negative_label_is_no_class_and_not_the_ignored_one():
+    check_labels(np.array([0, 1, 255]), ("free", "car"), "a file")
+    with pytest.raises(DataError, match="label -1 in 2 voxels; the layout knows 0 to 1"):
+        check_labels(np.array([-1, 0, -1]), ("free", "car"), "a file")
 
 
 def test_an_occupancy_of_another_layout_is_not_written():
