@@ -288,26 +288,32 @@ class Ground:
 
     def terrain(self, xy: Tensor) -> tuple[Tensor, Tensor]:
         """Height (N,) without kerbs and its gradient (N, 2), at (N, 2)."""
-        kx, ky, phase, amplitude = self.waves.to(xy.dtype)
-        angle = xy[:, :1] * kx + xy[:, 1:] * ky + phase  # (N, 3)
+        kx, ky, phase, amplitude = self.waves.to(xy.dtype)[..., None]  # (3, 1)
+        angle = xy[:, 0] * kx + xy[:, 1] * ky + phase  # (3, N): long rows run fast
         slope = amplitude * angle.cos()
-        return (amplitude * angle.sin()).sum(1), torch.stack([(slope * kx).sum(1), (slope * ky).sum(1)], 1)
+        return (amplitude * angle.sin()).sum(0), torch.stack([(slope * kx).sum(0), (slope * ky).sum(0)], 1)
 
     def sample(self, xy: Tensor) -> Tensor:
         """(N, 4): distance outside the carriageway (m), paint, yellow and land surface in [0, 1], interpolated."""
+        value = self._interpolated(self.raster.view(-1, 4), xy)
+        return torch.cat([(value[:, :1] - _SDF_ZERO) * _SDF_STEP_M, value[:, 1:] / 255], 1)
+
+    def _interpolated(self, flat: Tensor, xy: Tensor) -> Tensor:
+        """Bilinear values (N, ...) of a raster (H * W, ...) at (N, 2)."""
         height, width = self.raster.shape[:2]
         u = ((xy[:, 0] - self.corner[0]) / PIXEL_M - 0.5).clamp(0, width - 1.001)
         v = ((xy[:, 1] - self.corner[1]) / PIXEL_M - 0.5).clamp(0, height - 1.001)
         u0, v0 = u.floor(), v.floor()
-        fu, fv = (u - u0)[:, None], (v - v0)[:, None]
-        flat, first = self.raster.view(-1, 4), v0.long() * width + u0.long()
+        shape = (-1, *[1] * (flat.ndim - 1))
+        fu, fv = (u - u0).view(shape), (v - v0).view(shape)
+        first = v0.long() * width + u0.long()
         a, b, c, d = (flat[first + step].float() for step in (0, 1, width, width + 1))
-        value = (a * (1 - fu) + b * fu) * (1 - fv) + (c * (1 - fu) + d * fu) * fv
-        return torch.cat([(value[:, :1] - _SDF_ZERO) * _SDF_STEP_M, value[:, 1:] / 255], 1)
+        return (a * (1 - fu) + b * fu) * (1 - fv) + (c * (1 - fu) + d * fu) * fv
 
     def kerb(self, xy: Tensor) -> Tensor:
         """(N,) height above the terrain: 0 on the carriageway, KERB_M beside it."""
-        return (self.sample(xy)[:, 0] / 0.05).clamp(0, 1) * KERB_M
+        outside_m = (self._interpolated(self.raster.view(-1, 4)[:, 0], xy) - _SDF_ZERO) * _SDF_STEP_M
+        return (outside_m / 0.05).clamp(0, 1) * KERB_M
 
     def height(self, xy: Tensor) -> Tensor:
         return self.terrain(xy)[0] + self.kerb(xy)
