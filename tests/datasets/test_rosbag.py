@@ -743,3 +743,34 @@ def test_inspect_opens_a_bag(mcap, tmp_path, monkeypatch, capsys):
     assert f"Rosbag: {COUNT} samples" in said
     assert "camera back_left" in said
     assert {"bev.png", "cameras.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_camera_that_is_calibrated_anew_midway(mcap, tmp_path):
+    def sharper(m: Logged) -> Logged:
+        if m.topic != "/cam_front/camera_info" or m.log_ns < START_NS + 3 * PERIOD_NS - LAG_NS["cam_front"]:
+            return m
+        info = BagFile(mcap).decode(m.topic, m.raw)
+        info.p[0] = info.p[5] = 50.0
+        return m._replace(raw=bytes(typestore().serialize_cdr(info, "sensor_msgs/msg/CameraInfo")))
+
+    dataset = opened(edited(mcap, tmp_path / "bag", sharper))
+    assert [dataset[k].cameras["front"].intrinsic[0, 0] for k in range(COUNT)] == [40.0] * 3 + [50.0] * 3
+    assert dataset[COUNT - 1].cameras["back_left"].intrinsic[0, 0] == 40.0
+
+
+def test_an_imu_on_its_side_is_turned_into_ego(mcap, tmp_path):
+    def turned(m: Logged) -> Logged:
+        if m.topic == "/tf_static":
+            message = BagFile(mcap).decode(m.topic, m.raw)
+            own = Pose(np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]), np.zeros(3))
+            message.transforms += rosbag_messages.transforms([("base_link", "imu_link", m.log_ns, own)]).transforms
+        elif m.topic == "/imu":
+            message = BagFile(mcap).decode(m.topic, m.raw)
+            message.header = rosbag_messages.header(m.log_ns, "imu_link")
+        else:
+            return m
+        return m._replace(raw=bytes(typestore().serialize_cdr(message, BagFile(mcap).topics[m.topic].type)))
+
+    dataset = opened(edited(mcap, tmp_path / "bag", turned))
+    x, y, z = sample(2).imu.linear_acceleration.T
+    np.testing.assert_allclose(dataset[2].imu.linear_acceleration, np.stack([-z, y, x], 1))
