@@ -47,8 +47,9 @@ def detect_layout(root: Path) -> dict[str, Any]:
     if versions:
         version = next((v for v in ("v1.0-trainval", "v1.0-mini") if v in versions), versions[0])
         return {"name": "nuscenes", "root": root, "version": version, "split": "all"}
-    if next(root.glob("sequences/*/velodyne"), None):
-        return {"name": "semantickitti", "root": root, "split": sorted(p.name for p in root.glob("sequences/*"))}
+    # KITTI's calibration download makes a folder for every sequence, also for those without scans.
+    if sequences := sorted(path.parent.name for path in root.glob("sequences/*/velodyne")):
+        return {"name": "semantickitti", "root": root, "split": sequences}
     if next(root.glob("*/training/velodyne"), None):
         return {"name": "view_of_delft", "root": root}
     if next(root.glob("v1.0-*/sensor_calibration.json"), None):

@@ -65,7 +65,7 @@ class _Sequence:
     name: str
     folder: Path
     scans: Array  # (N,) int64, frame numbers in order
-    volumes: Array  # (V,) int64, frames with a `.bin`
+    volumes: Array  # (V,) int64, frames with a `.bin` or `.label`
     has_labels: bool
     has_completion: bool
     calibration: kitti.Calibration
@@ -82,7 +82,9 @@ class _Sequence:
                 f"{folder / 'velodyne'}: no scans; {root / 'sequences'} holds {there}",
                 "root is the folder that holds `sequences`; name the sequences you have with  split: ['00', ...]",
             )
-        volumes = _frames(folder / "voxels", ".bin")
+        labelled = _frames(folder / "voxels", ".label")
+        # Either file makes a volume: one that lacks the other is an error when read, not a frame that nobody scores.
+        volumes = np.union1d(_frames(folder / "voxels", ".bin"), labelled)
         if len(orphans := np.setdiff1d(volumes, scans)):
             raise DataError(
                 f"{folder / 'voxels'}: volume {orphans[0]:06d} has no scan ({len(orphans)} such of {len(volumes)})",
@@ -100,7 +102,7 @@ class _Sequence:
             scans,
             volumes,
             (folder / "labels").is_dir(),
-            len(_frames(folder / "voxels", ".label")) > 0,
+            len(labelled) > 0,
             kitti.read_calibration(folder / "calib.txt"),
             stamps_ns,
             poses,

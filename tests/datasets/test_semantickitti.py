@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from scipy.spatial import cKDTree
 from torch.utils.data import DataLoader
 
+from perception.datasets import detect_layout
 from perception.datasets import semantickitti_voxels as voxels
 from perception.datasets.semantickitti import EGO_FROM_LIDAR, SemanticKITTI, SemanticKITTIConfig, SemanticKITTIWriter
 from perception.datasets.semantickitti_labels import POINT_CLASSES
@@ -194,8 +195,7 @@ def test_dataloader_workers(written):
 
 def test_a_workers_error_names_the_file(root):
     (root / "sequences/00/velodyne/000001.bin").write_bytes(b"\0" * 17)
-    # torch raises a worker's error anew, as a RuntimeError that quotes it where the class takes more than a message.
-    with pytest.raises(Exception, match=r"velodyne/000001\.bin: 17 bytes, which is no whole number of 16-byte records"):
+    with pytest.raises(DataError, match=r"velodyne/000001\.bin: 17 bytes, which is no whole number of 16-byte records"):
         list(DataLoader(_open(root), num_workers=2, collate_fn=_tokens))
 
 
@@ -255,11 +255,25 @@ def test_a_volume_without_label_where_others_have_one(root):
         _open(root).truth(1)
 
 
+def test_a_label_without_its_input_volume_is_not_passed_over(root):
+    (root / "sequences/00/voxels/000000.bin").unlink()
+    data = _open(root, frames="voxels")
+    assert data.tokens == ("00/000000",)
+    with pytest.raises(DataError, match=r"voxels/000000\.bin: No such file"):
+        data.input_voxels(0)
+
+
 def test_missing_sequences_list_those_there_are(written):
     with pytest.raises(DataError, match=r"sequences/07/velodyne: no scans; .* holds 00\n"):
         _open(written, "07")
     with pytest.raises(DataError, match=r"sequences/08/velodyne: no scans"):
         SemanticKITTI(SemanticKITTIConfig(root=written))
+
+
+def test_the_layout_is_known_by_the_sequences_that_have_scans(root):
+    (root / "sequences/01").mkdir()
+    (root / "sequences/.DS_Store").write_bytes(b"")
+    assert detect_layout(root) == {"name": "semantickitti", "root": root, "split": ["00"]}
 
 
 def test_no_volumes_at_all(root):
