@@ -276,11 +276,15 @@ def _scenes_of_split(config: NuScenesConfig, names: list[str]) -> list[int]:
     present = [split for split, scenes in splits.items() if set(scenes) <= set(names)]
     cure = f"{config.version} holds the splits: {', '.join(['all', *present])}"
     if isinstance(config.split, str) and config.split not in splits:
+        if config.split in names:
+            cure = f"scenes are given as a list: [{config.split}]"
         raise DataError(f"split {config.split!r} is not known; known are {', '.join(['all', *splits])}", cure)
     wanted = splits[config.split] if isinstance(config.split, str) else config.split
     rows = [names.index(name) for name in wanted if name in names]
-    if len(rows) < len(wanted) or not rows:
-        absent = next((name for name in wanted if name not in names), "any")
+    if not wanted:
+        raise DataError(f"split {config.split!r} names no scene", cure)
+    if len(rows) < len(wanted):
+        absent = next(name for name in wanted if name not in names)
         raise DataError(
             f"{config.root / config.version}: holds {len(rows)} of the {len(wanted)} scenes of split {config.split!r}; "
             f"{absent} is not among its {len(names)}",

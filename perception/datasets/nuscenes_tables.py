@@ -47,6 +47,26 @@ def _numbers(*shape: int) -> Convert:
     return convert
 
 
+def _rotations(values: list[Any]) -> Array:
+    """(N, 4) quaternions w x y z, of any length but none."""
+    array = _numbers(4)(values)
+    if len(array) and np.linalg.norm(array, axis=1).min() < 1e-6:
+        raise ValueError("a quaternion of zeros is no rotation")
+    return array
+
+
+def _sizes(values: list[Any]) -> Array:
+    array = _numbers(3)(values)
+    if len(array) and array.min() <= 0:
+        raise ValueError(f"a box of size {array[array.min(1).argmin()].tolist()}: each must be more than 0")
+    return array
+
+
+def _pixels(values: list[Any]) -> Array:
+    """(N,) int64; what is no image has 0, or null."""
+    return integers([value or 0 for value in values])
+
+
 def _first_texts(values: list[Any]) -> Array:
     """Lists of one text at most -> that text, or an empty one."""
     if any(len(value) > 1 for value in values):
@@ -62,10 +82,10 @@ COLUMNS: dict[str, dict[str, Convert]] = {
         "token": _texts,
         "sensor_token": _texts,
         "translation": _numbers(3),
-        "rotation": _numbers(4),
+        "rotation": _rotations,
         "camera_intrinsic": _numbers(3, 3),
     },
-    "ego_pose": {"token": _texts, "translation": _numbers(3), "rotation": _numbers(4)},
+    "ego_pose": {"token": _texts, "translation": _numbers(3), "rotation": _rotations},
     "sample_data": {
         "token": _texts,
         "sample_token": _texts,
@@ -73,8 +93,8 @@ COLUMNS: dict[str, dict[str, Convert]] = {
         "calibrated_sensor_token": _texts,
         "timestamp": integers,
         "filename": _texts,
-        "width": integers,
-        "height": integers,
+        "width": _pixels,
+        "height": _pixels,
         "is_key_frame": _flags,
         "prev": _texts,
     },
@@ -89,8 +109,8 @@ COLUMNS: dict[str, dict[str, Convert]] = {
         "attribute_tokens": _first_texts,
         "visibility_token": _texts,
         "translation": _numbers(3),
-        "size": _numbers(3),
-        "rotation": _numbers(4),
+        "size": _sizes,
+        "rotation": _rotations,
         "num_lidar_pts": integers,
         "num_radar_pts": integers,
         "prev": _texts,

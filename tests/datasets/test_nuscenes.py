@@ -491,6 +491,12 @@ def test_split_errors_say_what_there_is(root: Path, cache: Path):
     assert "v1.0-mini holds the splits: all, mini_val, my_val" in str(error.value)
     with pytest.raises(DataError, match=r"holds 1 of the 2 scenes.*scene-0001 is not among its 2"):
         NuScenes(config(root, cache, split=("scene-0103", "scene-0001")))
+    with pytest.raises(
+        DataError, match=r"split 'scene-0103' is not known.*\n  scenes are given as a list: \[scene-0103\]"
+    ):
+        NuScenes(config(root, cache, split="scene-0103"))
+    with pytest.raises(DataError, match=r"split \(\) names no scene"):
+        NuScenes(config(root, cache, split=()))
     with pytest.raises(DataError, match=r"no folder 'v1.0-trainval'\n  set version to one of: v1.0-mini"):
         NuScenes(NuScenesConfig(root=root, cache_dir=cache))
     with pytest.raises(DataError, match="no such folder"):

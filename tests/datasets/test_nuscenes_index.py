@@ -111,6 +111,13 @@ def test_rows_take_the_place_of_tokens(root: Path):
     assert index.box_size[0].tolist() == [4.0, 2.0, 1.5]  # length before width
 
 
+def test_the_size_of_what_is_no_image_may_be_null(root: Path):
+    content = tables()
+    content["sample_data"][0] |= {"width": None, "height": None}
+    write(root, content)
+    assert build(root).data_image_size[0].tolist() == [0, 0]
+
+
 def test_velocity_is_a_difference_of_near_annotations(root: Path):
     velocity = build(root).box_velocity
     np.testing.assert_allclose(velocity[0], [2, 4, 0])  # forward: 1 m in 0.5 s
@@ -251,6 +258,9 @@ def test_a_damaged_table_is_named(root: Path, text: str, message: str):
         ("sample_annotation", "instance_token", "lost", r"sample_annotation.instance_token: 'lost'"),
         ("sample_annotation", "translation", [1.0, 2.0], "'translation': "),
         ("sample_annotation", "translation", [1.0, 2.0, float("nan")], "a number is not finite"),
+        ("sample_annotation", "size", [2.0, 0.0, 1.5], r"'size': a box of size \[2.0, 0.0, 1.5\]"),
+        ("ego_pose", "rotation", [0, 0, 0, 0], r"ego_pose.json: 'rotation': a quaternion of zeros"),
+        ("calibrated_sensor", "rotation", [0, 0, 0, 0], r"calibrated_sensor.json: 'rotation'"),
         ("sample_annotation", "attribute_tokens", ["moving", "moving"], "more than one attribute"),
         ("sample_data", "timestamp", "soon", "'timestamp': invalid literal"),
         ("visibility", "level", "v40", r"visibility.json: level 'v40' is none of v0-40, "),
