@@ -9,7 +9,7 @@ The scene holds parts as a numpy structured array (`PART`), each in the frame of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -113,7 +113,8 @@ class Solids:
 
     Attributes:
         center: (V, P, 3) m, in the map. rotation: (V, P, 3, 3) map_from_part. velocity: (V, P, 3) m/s.
-        kind, texture, label, views: (P,) uint8. agent: (P,) int64. half, form, color: (P, 3). seed: (P,).
+        kind, texture, label, views: (P,) uint8. agent: (P,) int64. half, form, color: (P, 3).
+        seed: (V, P); a traffic light's is the lamp that is alight.
     """
 
     center: Tensor
@@ -130,11 +131,14 @@ class Solids:
     views: Tensor
 
     @staticmethod
-    def pose(parts: dict[str, Tensor], rotation: Array, translation: Array, velocity: Array) -> Solids:
+    def pose(
+        parts: dict[str, Tensor], rotation: Array, translation: Array, velocity: Array, seed: Tensor
+    ) -> Solids:
         """Place parts, the tensors of `load`, by their agents' map_from_agent.
 
         Args:
             rotation, translation, velocity: (V, A, 3, 3), (V, A, 3), (V, A, 3); entry 0 of A is the map itself.
+            seed: (V, P).
         """
         agent = parts["agent"]
         turned, shift, speed = (
@@ -146,8 +150,15 @@ class Solids:
             center=(local * parts["center"][None, :, None]).sum(-1) + shift[:, agent],
             rotation=local @ parts["rotation"],
             velocity=speed[:, agent],
-            **{n: x for n, x in parts.items() if n not in ("center", "rotation")},
+            seed=seed,
+            **{n: x for n, x in parts.items() if n not in ("center", "rotation", "seed")},
         )
+
+    def at(self, view: int) -> Solids:
+        """One view alone."""
+        one = slice(view, view + 1)
+        center, rotation, velocity = self.center[one], self.rotation[one], self.velocity[one]
+        return replace(self, center=center, rotation=rotation, velocity=velocity, seed=self.seed[one])
 
 
 def load(parts: Array, device: torch.device | str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ Pairs go in chunks of bounded size, and a pair whose ray has already met somethi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -257,33 +258,40 @@ def cast(solids: Solids, grid: RayGrid, chunk: int = 1 << 17) -> Hits:
             solids.half[part],
             solids.form[part],
             (solids.texture[part] == Texture.FOLIAGE)[:, None].float()
-            + 2 * ((solids.texture[part] == Texture.WHEEL) & (solids.seed[part] == 2))[:, None].float(),
+            + 2 * ((solids.texture[part] == Texture.WHEEL) & (solids.seed[view, part] == 2))[:, None].float(),
         ],
         1,
     )
-    first_row, first_column, height, width = rectangle.unbind(1)
     for kind in (HEXAHEDRON, QUADRIC):
-        chosen = (solids.kind[part] == kind).nonzero()[:, 0]
-        end = (height[chosen] * width[chosen]).cumsum(0)
-        total = int(end[-1]) if len(end) else 0
-        for start in range(0, total, chunk):
-            pair = torch.arange(start, min(start + chunk, total), device=origin.device)
-            rank = torch.searchsorted(end, pair, right=True)
-            item = chosen[rank]
-            within = pair - (end[rank] - height[item] * width[item])
-            row = first_row[item] + within // width[item]
-            column = (first_column[item] + within % width[item]) % grid.columns
-            ray = (view[item] * grid.rows + row) * grid.columns + column
+        for item, ray in _pairs((solids.kind[part] == kind).nonzero()[:, 0], view, rectangle, grid, chunk):
             keep = ((best[ray] >> 32).int().view(torch.float32) > near[item]).nonzero()[:, 0]
             item, ray = item[keep], ray[keep]
             t, met = _solve(kind, table[item], origin[ray], direction[ray], None if time is None else time[ray])
-            met = met & (t < grid.reach_m)
-            keep = met.nonzero()[:, 0]
+            keep = (met & (t < grid.reach_m)).nonzero()[:, 0]
             key = (t[keep].view(torch.int32).long() << 32) | part[item[keep]]
             best.scatter_reduce_(0, ray[keep], key, "amin")
     missed = best == _FAR_KEY
     distance = (best >> 32).int().view(torch.float32)
     return Hits(torch.where(missed, torch.inf, distance), torch.where(missed, SKY, best & 0xFFFFFFFF))
+
+
+def _pairs(
+    chosen: Tensor, view: Tensor, rectangle: Tensor, grid: RayGrid, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Items and rays of all pairs of the chosen rectangles, row by row of each, about `chunk` at a time."""
+    device, height = chosen.device, rectangle[chosen, 2]
+    item = chosen.repeat_interleave(height)  # (S,): one row of a rectangle each
+    row = torch.arange(len(item), device=device) - (height.cumsum(0) - height).repeat_interleave(height)
+    first_row, first_column, _, width = rectangle[item].unbind(1)
+    end = width.cumsum(0)  # pairs up to each row's last
+    shift = ((view[item] * grid.rows + first_row + row) * grid.columns + first_column) - (end - width)
+    total = int(end[-1]) if len(end) else 0
+    stop = torch.searchsorted(end, torch.arange(chunk, total + chunk, chunk, device=device)).clamp_max(len(end) - 1) + 1
+    a = first = 0
+    for b, last in torch.stack([stop, end[stop - 1]], 1).tolist():
+        segment = torch.arange(a, b, device=device).repeat_interleave(width[a:b], output_size=last - first)
+        yield item[segment], shift[segment] + torch.arange(first, last, device=device)
+        a, first = b, last
 
 
 def _candidates(solids: Solids, grid: RayGrid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -302,12 +310,20 @@ def _candidates(solids: Solids, grid: RayGrid) -> tuple[Tensor, Tensor, Tensor, 
         depth = ((solids.center - grid.corner[:, None]) * grid.rotation[:, None, :, 2]).sum(-1)
         near = (depth - radius).clamp_min(0)
     view, part = seen.nonzero(as_tuple=True)
-    order = near[view, part].argsort(stable=True)
-    view, part = view[order], part[order]
-    rectangle = torch.stack([first_row, first_column, last_row - first_row + 1, last_column - first_column + 1], -1)[
-        view, part
-    ].long()
-    return view, part, near[view, part], rectangle
+    rectangle = torch.stack([first_row, first_column, last_row - first_row + 1, last_column - first_column + 1], -1)
+    rectangle = rectangle[view, part].long()
+    rectangle[:, 1].remainder_(grid.columns)
+    beyond = rectangle[:, 1] + rectangle[:, 3] - grid.columns
+    crossing = (beyond > 0).nonzero()[:, 0]  # the seam of a full turn: two rectangles
+    rest = rectangle[crossing]
+    rest[:, 1], rest[:, 3] = 0, beyond[crossing]
+    rectangle[crossing, 3] -= beyond[crossing]
+    view, part, rectangle = (
+        torch.cat([x, y]) for x, y in ((view, view[crossing]), (part, part[crossing]), (rectangle, rest))
+    )
+    near = near[view, part]
+    order = near.argsort(stable=True)
+    return view[order], part[order], near[order], rectangle[order]
 
 
 def _solve(kind: int, row: Tensor, origin: Tensor, direction: Tensor, time: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -124,10 +124,10 @@ class Scene:
         key = str(device)
         if key not in self._loaded:
             self._loaded[key] = load(self.parts, device)
-        parts = dict(self._loaded[key])
+        parts = self._loaded[key]
+        seed = np.tile(self.parts["seed"], (len(times_s), 1))
         signals = np.flatnonzero(self.parts["texture"] == Texture.SIGNAL)
-        junction, main = np.divmod(self.parts["seed"][signals].astype(int), 2)
-        shown = self.traffic.signal(times_s[0], junction, main).astype(np.float32)
-        parts["seed"] = parts["seed"].clone()
-        parts["seed"][torch.from_numpy(signals).to(device)] = torch.from_numpy(shown).to(device)
-        return Solids.pose(parts, *self.agent_poses(times_s))
+        junction, main = np.divmod(seed[0, signals].astype(int), 2)
+        for row, t in zip(seed, times_s, strict=True):
+            row[signals] = self.traffic.signal(t, junction, main)
+        return Solids.pose(parts, *self.agent_poses(times_s), torch.from_numpy(seed).to(device))

@@ -6,7 +6,7 @@ does not shimmer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class Shadows:
         side = torch.cross(torch.tensor([0.0, 0.0, 1.0], device=center.device), light.sun, dim=0)
         side = side / side.norm()
         rotation = torch.stack([side, torch.cross(-light.sun, side, dim=0), -light.sun], 1)[None]
-        first = replace_view(solids)
+        first = solids.at(0)
         step, plan_step = 0.125, 0.25
         count = int(2 * reach_m / step)
         corner = center + light.sun * 150 - rotation[0] @ torch.tensor([reach_m, reach_m, 0.0], device=center.device)
@@ -166,11 +166,6 @@ class Shadows:
         index = v0.long() * self.plan.columns + u0.long()
         a, b, c, d = (flat[index + k] for k in (0, 1, self.plan.columns, self.plan.columns + 1))
         return 1 - 0.72 * ((a * (1 - fu) + b * fu) * (1 - fv) + (c * (1 - fu) + d * fu) * fv)
-
-
-def replace_view(solids: Solids) -> Solids:
-    """The first view's poses alone."""
-    return replace(solids, center=solids.center[:1], rotation=solids.rotation[:1], velocity=solids.velocity[:1])
 
 
 @dataclass
@@ -244,7 +239,7 @@ def render(
         local = ((point - solids.center[view[index], part])[:, :, None] * rotation).sum(1)
         face = surface_normal(local, solids.kind[part], solids.half[part], solids.form[part])
         surface = _PAINTERS.get(kind, _plain)(
-            _Spot(local, face, solids.half[part], solids.color[part], solids.seed[part], t * angle,
+            _Spot(local, face, solids.half[part], solids.color[part], solids.seed[view[index], part], t * angle,
                   (solids.kind[part] == QUADRIC), light)
         )  # fmt: skip
         surface.normal = (rotation * surface.normal[:, None]).sum(-1)
