@@ -399,7 +399,9 @@ class VoxelGrid:
 
     def index(self, xyz: Array) -> tuple[Array, Array]:
         """Points (N, 3) in the grid's frame -> voxel indices (N, 3) int64 and the mask (N,) of those inside."""
-        cell = np.floor((xyz - np.asarray(self.min_corner, xyz.dtype)) / np.asarray(self.voxel_size, xyz.dtype))
+        # Computed in the points' own float type, as in voxelize; integers would cut the corner to whole metres.
+        number = xyz.dtype if xyz.dtype.kind == "f" else np.dtype(np.float64)
+        cell = np.floor((xyz - np.asarray(self.min_corner, number)) / np.asarray(self.voxel_size, number))
         index = np.clip(cell, -(2**31), 2**31).astype(np.int64)  # a cast of what int64 cannot hold is undefined
         return index, ((index >= 0) & (index < self.shape)).all(1)
 

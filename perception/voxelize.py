@@ -143,7 +143,10 @@ def _unravel(key: Tensor, grid: VoxelGrid) -> Tensor:
 
 
 def _tensor(points: Array | Tensor) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(points)) if isinstance(points, np.ndarray) else points
+    if isinstance(points, np.ndarray):  # torch takes neither read-only arrays nor those of the other byte order
+        tensor = torch.from_numpy(np.require(points, points.dtype.newbyteorder("="), ["C", "W"]))
+    else:
+        tensor = points
     if tensor.ndim != 2 or tensor.shape[1] < 3 or not tensor.is_floating_point():
         raise ValueError(f"voxelize: expected points (N, C >= 3) float, got {tuple(tensor.shape)} {tensor.dtype}")
     return tensor

@@ -225,6 +225,11 @@ def test_a_cell_holds_its_lower_faces_and_not_its_upper():
     assert GRID.max_corner == (2.0, 4.0, 2.0)
 
 
+def test_integer_points_meet_a_corner_that_is_no_integer():
+    grid = VoxelGrid((-0.5, -0.5, -0.5), (0.25, 0.25, 0.25), (4, 4, 4), Pose.identity())
+    np.testing.assert_array_equal(grid.index(np.array([[0, 0, 0]]))[0], [[2, 2, 2]])
+
+
 def test_the_index_of_a_centre_is_its_own():
     index = np.argwhere(np.ones(GRID.shape, bool))
     back, inside = GRID.index(GRID.center(index))

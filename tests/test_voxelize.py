@@ -144,6 +144,14 @@ def test_no_points_and_none_inside():
         assert mean.voxel_of_point.tolist() == [-1] * len(points)
 
 
+@pytest.mark.filterwarnings("error")
+def test_read_only_points_and_those_of_the_other_byte_order_serve_as_well():
+    points = np.arange(12, dtype=np.float32).reshape(4, 3) / 10
+    frozen = np.frombuffer(points.tobytes(), np.float32).reshape(4, 3)  # as a memory-mapped file gives them
+    for other in (frozen, points.astype(">f4"), np.asfortranarray(points)):
+        np.testing.assert_array_equal(mean_voxels(other, GRID).features, mean_voxels(points, GRID).features)
+
+
 def test_far_and_non_finite_points_are_outside():
     points = np.float32([[np.nan, 0, 0], [np.inf, 0, 0], [0, -np.inf, 0], [1e30, 0, 0], [0, 0, -1e30], [0, 0, 0]])
     assert hard_voxels(points, GRID, 1, 10).outside == 5
