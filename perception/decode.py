@@ -202,9 +202,10 @@ def _native(values: Array) -> Array:
 
 def _missing_field(where: str, theirs: str, ours: str, columns: Mapping[str, Array]) -> DataError:
     near = difflib.get_close_matches(theirs, columns, n=1, cutoff=0.4)
+    example = near[0] if near else next((name for name in columns if name not in "xyz"), "its_name")
     return DataError(
         f"{where}: point cloud has fields ({', '.join(columns)}); {theirs} is needed",
-        f"map the driver's name, e.g.  fields: {{{ours}: {near[0] if near else 'reflectivity'}}}",
+        f"map the driver's name, e.g.  fields: {{{ours}: {example}}}",
     )
 
 
@@ -228,6 +229,11 @@ def decode_image(message: Any, where: str = "Image") -> Array:
             "the message was cut off or its sizes are wrong: check the transport and the driver",
         )
     pixels: Array = np.ndarray((height, width, channels), np.uint8, data, strides=(step, channels, 1))
+    if channels == 2 and width % 2:
+        raise DataError(
+            f"{where}: {width}x{height} {message.encoding}: two pixels share their colour, and the width is odd",
+            "crop or scale the image to an even width in its driver",
+        )
     if conversion is None:
         return pixels
     return cv2.cvtColor(np.ascontiguousarray(pixels), conversion)

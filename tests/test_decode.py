@@ -332,6 +332,11 @@ def test_bayer_names_give_the_first_two_pixels_of_the_first_two_rows(pattern):
     assert got[2:-2, 2:-2].reshape(-1, 3).tolist() == [[200, 100, 30]] * 24
 
 
+def test_yuv422_of_an_odd_width_is_a_bad_frame():
+    with pytest.raises(DataError, match=r"7x4 uyvy: .*width is odd"):
+        decode_image(image("uyvy", np.zeros((4, 7, 2), np.uint8)))
+
+
 @pytest.mark.parametrize(("encoding", "order"), [("yuv422", "uyvy"), ("yuv422_yuy2", "yuyv")])
 def test_yuv422_pairs_share_their_colour(encoding, order):
     # BT.601 red, limited range: Y 81, U 90, V 240.

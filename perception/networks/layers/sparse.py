@@ -276,5 +276,10 @@ def _both_ends(padding: Padding) -> tuple[Triple, Triple]:
     """Padding before and after each axis."""
     if isinstance(padding, int):
         padding = (padding,) * 3
-    before, after = zip(*((p, p) if isinstance(p, int) else p for p in padding), strict=True)
+    ends = [(p, p) if isinstance(p, int) else tuple(p) for p in padding]
+    if any(len(end) != 2 for end in ends):
+        raise PerceptionError(
+            f"sparse convolution: padding {padding!r}", "give one integer, or three of integers and (before, after)"
+        )
+    before, after = zip(*ends, strict=True)
     return triple(before, "padding", least=0), triple(after, "padding", least=0)

@@ -336,6 +336,8 @@ def test_pointwise_reads_the_weight_as_spconv_does() -> None:
 
 def test_a_strided_1x1x1_kernel_is_a_true_convolution() -> None:
     check_strided(Case(1, 2, 0, 1, 0.3, 2, 0), CPU, torch.float64)
+    with pytest.raises(PerceptionError, match=r"padding \(\(1, 1, 1\), 0, 0\)\n  give one integer, or three"):
+        SparseConv3d(2, 3, 3, padding=((1, 1, 1), 0, 0))
     with pytest.raises(PerceptionError, match="1x1x1 kernel of stride 1 with padding=1"):
         SparseConv3d(4, 4, 1, padding=1)
 
