@@ -750,7 +750,7 @@ def test_a_camera_that_is_calibrated_anew_midway(mcap, tmp_path):
         if m.topic != "/cam_front/camera_info" or m.log_ns < START_NS + 3 * PERIOD_NS - LAG_NS["cam_front"]:
             return m
         info = BagFile(mcap).decode(m.topic, m.raw)
-        info.p[0] = info.p[5] = 50.0
+        info.p = np.where(np.isin(np.arange(12), [0, 5]), 50.0, info.p)
         return m._replace(raw=bytes(typestore().serialize_cdr(info, "sensor_msgs/msg/CameraInfo")))
 
     dataset = opened(edited(mcap, tmp_path / "bag", sharper))
