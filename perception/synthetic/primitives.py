@@ -21,6 +21,7 @@ from perception.types import Array
 
 HEXAHEDRON, QUADRIC = 0, 1
 SEEN_BY_ALL, SEEN_BY_LIDAR_AND_SUN = 7, 6
+_TINY = 1e-20
 CAMERA, LIDAR, SUN = 1, 2, 4
 """Bits of `views`: kinds of rays that meet a part. The ego vehicle's own roof is hidden from its cameras."""
 
@@ -182,11 +183,10 @@ def enter_hexahedron(origin: Tensor, direction: Tensor, half: Tensor, form: Tens
         (middle_y, side * oz - oy, side * dz - dy),
         (hz, oz, dz),
         (hz, -oz, -dz),
-    ):
-        t = (limit - o) / d
-        near = torch.where(d < 0, torch.maximum(near, t), near)
-        far = torch.where(d > 0, torch.minimum(far, t), far)
-        far = torch.where((d == 0) & (o > limit), -torch.inf, far)  # parallel and outside
+    ):  # a plane bounds one end only: its clamped direction puts the other one out of the way, or misses from outside
+        inside = limit - o
+        near = torch.maximum(near, inside / d.clamp_max(-_TINY))
+        far = torch.minimum(far, inside.abs() / d.clamp_min(_TINY))
     return near, far
 
 

@@ -250,6 +250,8 @@ def cast(solids: Solids, grid: RayGrid, chunk: int = 1 << 17) -> Hits:
     origin, direction, time = grid.rays()
     best = torch.full((len(origin),), _FAR_KEY, dtype=torch.int64, device=origin.device)
     view, part, near, rectangle = _candidates(solids, grid)
+    special = (solids.texture[part] == Texture.FOLIAGE).float()
+    special += 2 * ((solids.texture[part] == Texture.WHEEL) & (solids.seed[view, part] == 2)).float()
     table = torch.cat(
         [
             solids.rotation[view, part].flatten(1),
@@ -257,16 +259,17 @@ def cast(solids: Solids, grid: RayGrid, chunk: int = 1 << 17) -> Hits:
             solids.velocity[view, part],
             solids.half[part],
             solids.form[part],
-            (solids.texture[part] == Texture.FOLIAGE)[:, None].float()
-            + 2 * ((solids.texture[part] == Texture.WHEEL) & (solids.seed[view, part] == 2))[:, None].float(),
+            special[:, None],
         ],
         1,
-    )
+    ).T.contiguous()  # (22, items): the arithmetic runs along long rows
+    origin, direction = origin.T.contiguous(), direction.T.contiguous()
     for kind in (HEXAHEDRON, QUADRIC):
         for item, ray in _pairs((solids.kind[part] == kind).nonzero()[:, 0], view, rectangle, grid, chunk):
             keep = ((best[ray] >> 32).int().view(torch.float32) > near[item]).nonzero()[:, 0]
             item, ray = item[keep], ray[keep]
-            t, met = _solve(kind, table[item], origin[ray], direction[ray], None if time is None else time[ray])
+            row, o, d = (x.index_select(1, i) for x, i in ((table, item), (origin, ray), (direction, ray)))
+            t, met = _solve(kind, row, o, d, None if time is None else time[ray])
             keep = (met & (t < grid.reach_m)).nonzero()[:, 0]
             key = (t[keep].view(torch.int32).long() << 32) | part[item[keep]]
             best.scatter_reduce_(0, ray[keep], key, "amin")
@@ -327,23 +330,24 @@ def _candidates(solids: Solids, grid: RayGrid) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _solve(kind: int, row: Tensor, origin: Tensor, direction: Tensor, time: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Distances (N,) along rays to the parts of table rows (N, 22), and whether they are met from outside."""
-    offset = origin - row[:, 9:12]
+    """Distances (N,) along rays (3, N) to the parts of columns (22, N), and whether they are met from outside."""
+    offset = origin - row[9:12]
     if time is not None:
-        offset = offset - row[:, 12:15] * time[:, None]
-    o = offset[:, 0:1] * row[:, 0:3] + offset[:, 1:2] * row[:, 3:6] + offset[:, 2:3] * row[:, 6:9]
-    d = direction[:, 0:1] * row[:, 0:3] + direction[:, 1:2] * row[:, 3:6] + direction[:, 2:3] * row[:, 6:9]
-    half, form = row[:, 15:18], row[:, 18:21]
+        offset = offset - row[12:15] * time
+    o = offset[0] * row[0:3] + offset[1] * row[3:6] + offset[2] * row[6:9]
+    d = direction[0] * row[0:3] + direction[1] * row[3:6] + direction[2] * row[6:9]
+    half, form = row[15:18], row[18:21]
     if kind == HEXAHEDRON:
-        near, far = enter_hexahedron(o, d, half, form)
+        near, far = enter_hexahedron(o.T, d.T, half.T, form.T)
         return near, (near <= far) & (near > 0)
-    near, far = enter_quadric(o, d, half, form)
+    near, far = enter_quadric(o.T, d.T, half.T, form.T)
     met = (near <= far) & (near > 0)
     # Foliage is ragged: towards the outline of a crown, gaps between the leaves let it pass. Bicycle wheels are rims.
-    x, y, z = (o + near[:, None] * d).unbind(1)
-    unit = torch.stack([x, y, z], 1) / half
-    facing = -(unit * d / half).sum(1) / (d / half).norm(dim=1)
-    ripple = (7 * x + row[:, 9]).sin() * (9 * y + row[:, 10]).sin() + (17 * z + 13 * x).sin() * (21 * y - 9 * z).sin()
-    gap = (row[:, 21] == 1) & (ripple * 0.42 + 0.40 > facing)
-    hollow = (row[:, 21] == 2) & (unit[:, 0] ** 2 + unit[:, 1] ** 2 < 0.78) & (unit[:, 0] ** 2 + unit[:, 1] ** 2 > 0.02)
-    return near, met & ~gap & ~hollow
+    x, y, z = point = o + near * d
+    unit = point / half
+    slope = d / half
+    facing = -(unit * slope).sum(0) / slope.norm(dim=0)
+    ripple = (7 * x + row[9]).sin() * (9 * y + row[10]).sin() + (17 * z + 13 * x).sin() * (21 * y - 9 * z).sin()
+    gap = (row[21] == 1) & (ripple * 0.42 + 0.40 > facing)
+    hub = unit[0] ** 2 + unit[1] ** 2
+    return near, met & ~gap & ~((row[21] == 2) & (hub < 0.78) & (hub > 0.02))
