@@ -29,6 +29,7 @@ err = Console(stderr=True)
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a configuration key, a.b=value. Repeatable.")
 ]
+RrdOption = Annotated[bool, typer.Option("--rrd", help="Also write sample.rrd for the rerun viewer (extra: rerun).")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:1")]
 
 
@@ -60,6 +61,7 @@ def inspect(
     index: Annotated[int, typer.Option(help="Which sample.")] = 0,
     token: Annotated[str | None, typer.Option(help="Which sample, by its token.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where the pictures go.")] = Path("out/inspect"),
+    rrd: RrdOption = False,
     open3d: Annotated[bool, typer.Option("--open3d", help="Open an interactive 3D view (extra: viz).")] = False,
     set_: SetOption = None,
 ) -> None:
@@ -76,6 +78,10 @@ def inspect(
     out.print(rows_table(describe(sample, truth)))
     for path in write_pictures(folder, sample, truth):
         out.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    if rrd:
+        from perception.recording import write_rrd
+
+        out.print(f"wrote {write_rrd(folder / 'sample.rrd', sample, truth)}", soft_wrap=True, highlight=False)
     if open3d:
         from perception.view3d import show
 
@@ -116,18 +122,22 @@ def evaluate(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where the pictures and results go.")] = Path("out/demo"),
+    rrd: RrdOption = False,
 ) -> None:
     """Make a small city, draw a sample with its truth, and score the truth against itself by the official tools."""
     from perception.evaluation.result import write_result
     from perception.evaluation.run import RunConfig
     from perception.evaluation.run import evaluate as run
     from perception.predictor import TruthEchoConfig
+    from perception.recording import write_rrd
     from perception.visualize import write_pictures
 
     source = dataset_config(_demo_city(), "the demo city")
     dataset = open_dataset(source)
     for path in write_pictures(folder, dataset[1], dataset.truth(1)):
         out.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    if rrd:
+        out.print(f"wrote {write_rrd(folder / 'sample.rrd', dataset[1], dataset.truth(1))}", soft_wrap=True)
     boxes = RunConfig(dataset=source, predictor=TruthEchoConfig(output="boxes"), benchmark="nuscenes_detection")
     voxels = RunConfig(dataset=source, predictor=TruthEchoConfig(output="occupancy"), benchmark="occ3d")
     for config, name in ((boxes, "NDS"), (voxels, "mIoU")):
