@@ -32,11 +32,12 @@ from perception.datasets.nuscenes_layout import (
     OccupancyLayout,
     occupancy_path,
     official_splits,
+    own_splits,
     read_occupancy,
     role_of,
 )
 from perception.datasets.nuscenes_writer import NuScenesWriter as NuScenesWriter
-from perception.datasets.sensor_files import read_image, read_json, select_roles
+from perception.datasets.sensor_files import read_image, select_roles
 from perception.errors import DataError
 from perception.sweeps import accumulate
 from perception.types import (
@@ -272,7 +273,7 @@ def _scenes_of_split(config: NuScenesConfig, names: list[str]) -> list[int]:
     """Scene rows of the configured split; DataError for a split that is not known or not all there."""
     if config.split == "all":
         return list(range(len(names)))
-    splits = official_splits() | _own_splits(config.root / config.version / "splits.json")
+    splits = official_splits() | own_splits(config.root / config.version)
     present = [split for split, scenes in splits.items() if set(scenes) <= set(names)]
     cure = f"{config.version} holds the splits: {', '.join(['all', *present])}"
     if isinstance(config.split, str) and config.split not in splits:
@@ -291,16 +292,6 @@ def _scenes_of_split(config: NuScenesConfig, names: list[str]) -> list[int]:
             cure,
         )
     return rows
-
-
-def _own_splits(path: Path) -> dict[str, tuple[str, ...]]:
-    """Splits that a version defines for itself, as the devkit reads them: name -> list of scene names."""
-    if not path.exists():
-        return {}
-    splits = read_json(path, "the version's tables")
-    if not isinstance(splits, dict) or not all(isinstance(scenes, list) for scenes in splits.values()):
-        raise DataError(f"{path}: is no object of lists", "write it as  {split: [scene names]}")
-    return {split: tuple(map(str, scenes)) for split, scenes in splits.items()}
 
 
 def _columns_of(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from perception.datasets import occ3d, openoccupancy, surroundocc
+from perception.datasets.sensor_files import read_json
+from perception.errors import DataError
 from perception.types import OccupancyGrid3D, Pose
 
 Modality = Literal["lidar", "camera", "radar"]
@@ -178,6 +180,20 @@ def official_splits() -> dict[str, tuple[str, ...]]:
     """Split -> scene names in ascending order, as the devkit's `create_splits_scenes`."""
     splits = {name: tuple(_scene_names(ranges)) for name, ranges in _SPLIT_RANGES.items()}
     return {"train": tuple(sorted(splits["train_detect"] + splits["train_track"]))} | splits
+
+
+def own_splits(tables: Path) -> dict[str, tuple[str, ...]]:
+    """Split -> scene names of the `splits.json` beside a version's tables, empty where there is none.
+
+    Raises DataError where it has another form.
+    """
+    path = tables / "splits.json"
+    if not path.exists():
+        return {}
+    splits = read_json(path, "the version's tables")
+    if not isinstance(splits, dict) or not all(isinstance(scenes, list) for scenes in splits.values()):
+        raise DataError(f"{path}: is no object of lists", "write it as  {split: [scene names]}")
+    return {split: tuple(map(str, scenes)) for split, scenes in splits.items()}
 
 
 def _scene_names(ranges: str) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from perception.errors import DataError
 from perception.evaluation.detection_results import MAX_BOXES, read_results
-from perception.evaluation.devkit import Devkit, check_samples, devkit, examples, load_tables, split_tokens
+from perception.evaluation.devkit import Devkit, check_samples, devkit, examples, knows_split, load_tables, split_tokens
 
 PROTOCOL = "detection_cvpr_2019"
 """The official protocol, by the name of its configuration in the devkit."""
@@ -166,7 +166,8 @@ def evaluate_detection(
     check_samples(results, tables, split, tokens, list(predicted), subset)
     if not any(tables.get("sample", token)["anns"] for token in tokens):
         raise DataError(f"{root / version}: split {split!r} has no annotations", "score on a split that has them")
-    if isinstance(split, str) and split != "all" and len(predicted) == len(tokens) and any(predicted.values()):
+    whole = len(predicted) == len(tokens) and any(predicted.values())
+    if whole and isinstance(split, str) and split != "all" and knows_split(tables, split):
         truths, predictions = _load_split(tables, config, results, split)
     else:
         truths, predictions = _load_some(tables, config, results, [token for token in tokens if token in predicted])

@@ -268,6 +268,8 @@ def _problem(token: str, record: Any) -> str | None:
     score = record["detection_score"]
     if not _is_number(score) or not math.isfinite(score):
         return f"detection_score: expected a finite number, got {score!r}"
+    if not 0 <= score <= 1:
+        return f"detection_score: {score} is outside 0 to 1"
     if min(record["size"]) <= 0:
         return f"size: {record['size']} is not positive"
     if math.hypot(*record["rotation"]) < 1e-6:

@@ -92,6 +92,11 @@ def evaluate(
         ConfigError: neither a predictor nor predictions, or a data set that has no such benchmark.
         DataError: predictions that do not fit the data set.
     """
+    if config.benchmark == "nuscenes_detection" and predictions is not None and limit is not None:
+        raise ConfigError(
+            f"limit {limit}: the predictions of {predictions} are scored as they are",
+            "drop --limit; --subset scores a file of a part of the split",
+        )
     dataset = open_dataset(config.dataset)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     predictor = _predictor(config, predictions, device, dataset)

@@ -206,6 +206,8 @@ def results_file(tmp_path, **changes):
         ({"velocity": [0.0, math.nan]}, "velocity: .* is not finite"),
         ({"velocity": [[0.0, 0.0]]}, "velocity: expected 2 numbers"),
         ({"detection_score": math.nan}, "detection_score: expected a finite number, got nan"),
+        ({"detection_score": -0.5}, "detection_score: -0.5 is outside 0 to 1"),
+        ({"detection_score": 1.5}, "detection_score: 1.5 is outside 0 to 1"),
         ({"detection_score": "0.5"}, "detection_score: expected a finite number, got '0.5'"),
         ({"detection_name": "tram"}, r"box 0 \(tram\): detection_name: 'tram'(?s:.)*classes: car"),
         ({"attribute_name": "flying"}, "attribute_name: 'flying'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,23 @@ def test_detection_truth_against_itself_is_perfect_and_the_result_says_what_made
 def test_a_limit_scores_a_part_and_says_so(nuscenes, cache, tmp_path):
     _, result = evaluate(mini(nuscenes, cache, "nuscenes_detection", "predictor.name=truth_echo"), tmp_path, limit=2)
     assert (result.samples, result.subset) == (2, True)
+
+
+def test_a_limit_does_not_cut_a_file_of_predictions(nuscenes, cache, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"limit 2: the predictions of .*x.json are scored as they are\n  drop --limit"
+    ):
+        evaluate(mini(nuscenes, cache), tmp_path, predictions=tmp_path / "x.json", limit=2)
+
+
+def test_a_version_may_give_its_own_scenes_an_official_splits_name(nuscenes, cache, tmp_path):
+    root = shutil.copytree(nuscenes, tmp_path / "own")
+    (root / "v1.0-mini").rename(root / "v1.0-city")
+    (root / "v1.0-city" / "splits.json").write_text(json.dumps({"val": ["scene-0916"]}))
+    sets = ("dataset.version=v1.0-city", "dataset.split=val", "predictor.name=truth_echo")
+    score, result = evaluate(mini(root, cache, "nuscenes_detection", *sets), tmp_path)
+    assert score.nds == pytest.approx(1.0)
+    assert (result.samples, result.samples_of_split) == (3, 3)
 
 
 def test_the_same_predictions_from_a_file_give_the_same_score(nuscenes, cache, tmp_path):
