@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perception.device import usable_device
 from perception.networks.layers.sparse import (
     Backend,
     SparseConv3d,
@@ -95,7 +96,7 @@ def bench_sparse(
 
     Raises PerceptionError where a backend cannot be used (see `SparseTensor`).
     """
-    device = torch.device(device)
+    device = usable_device(device)
     voxels = mean_voxels(points, NUSCENES_GRID)
     indices = np.concatenate([np.zeros((len(voxels.index), 1), np.int32), voxels.index[:, ::-1].astype(np.int32)], 1)
     sites = torch.from_numpy(indices).to(device)

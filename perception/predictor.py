@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from perception.config import Config, schema_of, validate
+from perception.device import usable_device
 from perception.errors import ConfigError, DataError
 from perception.evaluation.result import WeightsProvenance
 from perception.types import IGNORE_LABEL, Boxes3D, Dataset, Localization, Needs, Prediction, Sample
@@ -59,7 +60,7 @@ def load_predictor(config: Config, device: torch.device | str = "cpu", truths: D
     if isinstance(config, TruthEchoConfig):
         return TruthEcho(config, truths)
     module, _, cls = PREDICTORS[config.name].partition(":")  # type: ignore[attr-defined]
-    predictor: Predictor = getattr(import_module(module), cls)(config, torch.device(device))
+    predictor: Predictor = getattr(import_module(module), cls)(config, usable_device(device))
     return predictor
 
 

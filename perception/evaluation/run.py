@@ -19,6 +19,7 @@ from pydantic import SerializeAsAny
 from perception.config import Config, apply_override, read_yaml, validate
 from perception.datasets import dataset_config, open_dataset
 from perception.datasets.semantickitti_voxels import read_label_voxels
+from perception.device import usable_device
 from perception.errors import ConfigError, DataError
 from perception.evaluation.detection import DetectionScore, evaluate_detection
 from perception.evaluation.detection_results import Modalities, write_results
@@ -89,7 +90,8 @@ def evaluate(
         progress: wraps the loop over samples.
 
     Raises:
-        ConfigError: neither a predictor nor predictions, or a data set that has no such benchmark.
+        ConfigError: neither a predictor nor predictions, a data set that has no such benchmark, or a device that is
+            not there.
         DataError: predictions that do not fit the data set.
     """
     if config.benchmark == "nuscenes_detection" and predictions is not None and limit is not None:
@@ -97,6 +99,7 @@ def evaluate(
             f"limit {limit}: the predictions of {predictions} are scored as they are",
             "drop --limit; --subset scores a file of a part of the split",
         )
+    usable_device(device)  # before the data set is read
     dataset = open_dataset(config.dataset)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     predictor = _predictor(config, predictions, device, dataset)
