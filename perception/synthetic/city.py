@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -95,10 +95,19 @@ class City:
 
     def __getitem__(self, index: int) -> Sample:
         """The sample of a key frame, its faults included."""
-        return self._sample_and_truth(index)[0]
+        return self._with_faults(index, self._measured(index).sample)
 
     def truth(self, index: int) -> Truth:
         return self._measured(index).truth
+
+    def key_frames(self, indices: Sequence[int]) -> list[tuple[Sample, Truth]]:
+        """Samples and truths of key frames of one scene, which a GPU measures at once: the same as one by one."""
+        if len({i // self.config.key_frames for i in indices}) != 1:
+            raise ValueError(f"City.key_frames: {list(indices)} are not of one scene")
+        return [
+            (self._with_faults(i, measured.sample), measured.truth)
+            for i, measured in zip(indices, self._measure_all(indices), strict=True)
+        ]
 
     def occupancy_at(self, index: int, grid: VoxelGrid) -> OccupancyGrid3D:
         """Occupancy truth of a key frame at any grid, in the configured taxonomy; without masks of what was seen."""
@@ -156,13 +165,13 @@ class City:
         for stamp, kind, i in sorted(p for p in plan if after_ns < p[0] <= until_ns):
             if kind == "lidar":
                 lidar = self.rig.lidars[i]
-                yield Sample(stamp, lidars={lidar.role: sim.scan(lidar, [stamp], stamp)[0].cloud})
+                yield Sample(stamp, lidars={lidar.role: sim.scan(lidar, [[stamp]], [stamp])[0][0].cloud})
             elif kind == "camera":
                 camera = self.rig.cameras[i]
-                yield Sample(stamp, cameras={camera.role: sim.expose([camera], [stamp], stamp)[camera.role][0]})
+                yield Sample(stamp, cameras={camera.role: sim.expose([camera], [[stamp]], [stamp])[0][camera.role][0]})
             else:
                 radar = self.rig.radars[i]
-                yield Sample(stamp, radars=sim.detect([radar], [stamp], stamp))
+                yield Sample(stamp, radars=sim.detect([radar], [[stamp]], [stamp])[0])
 
     def _clock(self, scene: int) -> Clock:
         return Clock((1_600_000_000 + 1000 * (self.config.seed + scene)) * 1_000_000_000)
@@ -188,48 +197,57 @@ class City:
             config.supersample,
         )
 
-    def _sample_and_truth(self, index: int) -> tuple[Sample, Truth]:
-        measured = self._measured(index)
-        sample, truth = measured.sample, measured.truth
+    def _with_faults(self, index: int, sample: Sample) -> Sample:
         scene, k = divmod(index, self.config.key_frames)
         for fault in self.config.faults:
             sample = degrade(sample, fault, lambda camera, lag: self._late_image(scene, k, camera, lag))
-        return sample, truth
+        return sample
 
     def _late_image(self, scene: int, k: int, role: str, lag_s: float) -> CameraImage:
         """The image that a camera took `lag_s` before the one that belongs to key frame k."""
         sim, stamp = self._simulator(scene), self.key_stamps(scene)[k]
         camera = next(c for c in self.rig.cameras if c.role == role)
         taken = stamp - round((self._camera_lag(camera) + lag_s) * 1e6) * 1000
-        return sim.expose([camera], [taken], stamp)[role][0]
+        return sim.expose([camera], [[taken]], [stamp])[0][role][0]
 
     def _measure(self, index: int) -> _Measured:
-        """A key frame's sample, without faults of single sensors, and its truth."""
-        scene, k = divmod(index, self.config.key_frames)
-        sim, stamps, config = self._simulator(scene), self.key_stamps(scene), self.config
-        stamp = stamps[k]
-        scans: dict[str, list[LidarScan]] = {}
+        return self._measure_all([index])[0]
+
+    def _measure_all(self, indices: Sequence[int]) -> list[_Measured]:
+        """Samples of key frames of one scene, without faults of single sensors, and their truths."""
+        scene, config = indices[0] // self.config.key_frames, self.config
+        sim, stamps = self._simulator(scene), self.key_stamps(scene)
+        keys = [index - scene * config.key_frames for index in indices]
+        now = [stamps[k] for k in keys]
+        scans: list[dict[str, list[LidarScan]]] = [{} for _ in keys]
         for lidar in self.rig.lidars:
             period = round(lidar.period_s * 1e9)
-            scans[lidar.role] = sim.scan(lidar, [stamp - i * period for i in range(config.sweeps)], stamp)
-        taken = [stamp - round(self._camera_lag(c) * 1e6) * 1000 for c in self.rig.cameras]
-        pictures = sim.expose(list(self.rig.cameras), taken, stamp) if self.rig.cameras else {}
-        heard = [self._radar_stamp(scene, stamp, i) for i in range(len(self.rig.radars))]
-        radars = sim.detect(list(self.rig.radars), heard, stamp) if heard else {}
-        previous = stamps[k - 1] if k else stamp - round(config.key_period_s * 1e9)
-        sample = Sample(
-            stamp,
-            {role: _accumulated(group) for role, group in scans.items()},
-            radars,
-            {role: image for role, (image, _) in pictures.items()},
-            odom_from_ego=sim.odom_from_ego(stamp),
-            imu=sim.inertial(previous, stamp),
-            odometry=sim.odometry(previous, stamp),
-            gnss=sim.fix(stamp),
-            token=self.tokens[index],
-        )
-        measured = _Measured(sample, Truth(), {role: group[0] for role, group in scans.items()}, pictures)
-        return replace(measured, truth=self._truth(sim, stamps, measured))
+            sweeps = sim.scan(lidar, [[stamp - i * period for i in range(config.sweeps)] for stamp in now], now)
+            for found, group in zip(scans, sweeps, strict=True):
+                found[lidar.role] = group
+        lags = [round(self._camera_lag(c) * 1e6) * 1000 for c in self.rig.cameras]
+        taken = [[stamp - lag for lag in lags] for stamp in now]
+        pictures = sim.expose(self.rig.cameras, taken, now) if lags else [{} for _ in keys]
+        heard = [[self._radar_stamp(scene, stamp, i) for i in range(len(self.rig.radars))] for stamp in now]
+        radars = sim.detect(self.rig.radars, heard, now) if self.rig.radars else [{} for _ in keys]
+        measured = []
+        for i, (index, k, stamp) in enumerate(zip(indices, keys, now, strict=True)):
+            previous = stamps[k - 1] if k else stamp - round(config.key_period_s * 1e9)
+            sample = Sample(
+                stamp,
+                {role: _accumulated(group) for role, group in scans[i].items()},
+                radars[i],
+                {role: image for role, (image, _) in pictures[i].items()},
+                odom_from_ego=sim.odom_from_ego(stamp),
+                imu=sim.inertial(previous, stamp),
+                odometry=sim.odometry(previous, stamp),
+                gnss=sim.fix(stamp),
+                token=self.tokens[index],
+            )
+            first = {role: group[0] for role, group in scans[i].items()}
+            one = _Measured(sample, Truth(), first, pictures[i])
+            measured.append(replace(one, truth=self._truth(sim, stamps, one)))
+        return measured
 
     def _truth(self, sim: Simulator, stamps: list[int], measured: _Measured) -> Truth:
         config, sample, pictures, scans = self.config, measured.sample, measured.pictures, measured.scans

@@ -133,13 +133,13 @@ class Solids:
 
     @staticmethod
     def pose(
-        parts: dict[str, Tensor], rotation: Array, translation: Array, velocity: Array, seed: Tensor
+        parts: dict[str, Tensor], rotation: Array, translation: Array, velocity: Array, seed: Tensor | None = None
     ) -> Solids:
         """Place parts, the tensors of `load`, by their agents' map_from_agent.
 
         Args:
             rotation, translation, velocity: (V, A, 3, 3), (V, A, 3), (V, A, 3); entry 0 of A is the map itself.
-            seed: (V, P).
+            seed: (V, P), or the parts' own.
         """
         agent = parts["agent"]
         turned, shift, speed = (
@@ -151,7 +151,7 @@ class Solids:
             center=(local * parts["center"][None, :, None]).sum(-1) + shift[:, agent],
             rotation=local @ parts["rotation"],
             velocity=speed[:, agent],
-            seed=seed,
+            seed=parts["seed"].expand(len(turned), -1) if seed is None else seed,
             **{n: x for n, x in parts.items() if n not in ("center", "rotation", "seed")},
         )
 
@@ -206,28 +206,23 @@ def enter_quadric(origin: Tensor, direction: Tensor, half: Tensor, form: Tensor)
     return near, far
 
 
-def surface_normal(point: Tensor, kind: Tensor, half: Tensor, form: Tensor) -> Tensor:
-    """(N, 3) outward unit normals, in the part's frame, at points (N, 3) on its surface."""
-    hx, hy, hz = half.unbind(1)
-    front, back, side = (form / (2 * half[:, 2:])).unbind(1)
+def surface_normal(point: Tensor, quadric: Tensor, half: Tensor, form: Tensor) -> Tensor:
+    """(3, N) outward unit normals, in the part's frame, at points (3, N) on its surface; half, form: (3, N)."""
+    (x, y, z), (hx, hy, hz) = point, half
+    front, back, side = form / (2 * hz)
     side = side / 2
-    zero, one = torch.zeros_like(hx), torch.ones_like(hx)
-    planes = torch.stack(  # (6, N, 3): the face whose plane the point is nearest to
-        [
-            torch.stack(n, -1)
-            for n in (
-                (one, zero, front), (-one, zero, back), (zero, one, side), (zero, -one, side),
-                (zero, zero, one), (zero, zero, -one),
-            )
-        ]
+    faces = torch.stack(  # how far within each face's plane the point is: it is on the greatest
+        [x + front * z - hx + form[0] / 2, back * z - x - hx + form[1] / 2, y + side * z - hy + form[2] / 4,
+         side * z - y - hy + form[2] / 4, z - hz, -z - hz]
     )  # fmt: skip
-    limit = torch.stack([hx - form[:, 0] / 2, hx - form[:, 1] / 2, hy - form[:, 2] / 4, hy - form[:, 2] / 4, hz, hz])
-    face = ((planes * point).sum(-1) - limit).argmax(0)
-    flat = planes.gather(0, face[None, :, None].expand(1, -1, 3))[0]
-    u = point / half
-    e, a, b = form.unbind(1)
-    curved = torch.stack([u[:, 0], u[:, 1], e * u[:, 2] - b * (a + b * u[:, 2])], -1) / half
-    capped = (e == 0) & (u[:, 2].abs() > 0.999)
-    curved = torch.where(capped[:, None], torch.stack([zero, zero, u[:, 2]], -1), curved)
-    normal = torch.where((kind == QUADRIC)[:, None], curved, flat)
-    return normal / normal.norm(dim=1, keepdim=True).clamp_min(1e-9)
+    face = faces == faces.amax(0)
+    normal = torch.stack([face[0].float() - face[1].float(), face[2].float() - face[3].float(),
+                          face[0] * front + face[1] * back + (face[2].float() + face[3].float()) * side
+                          + face[4].float() - face[5].float()])  # fmt: skip
+    u, v, w = point / half
+    e, a, b = form
+    capped = (e == 0) & (w.abs() > 0.999)
+    flank = (~capped).float()
+    curved = torch.stack([u * flank / hx, v * flank / hy, torch.where(capped, w, (e * w - b * (a + b * w)) / hz)])
+    normal = torch.where(quadric, curved, normal)
+    return normal / normal.norm(dim=0).clamp_min(1e-9)

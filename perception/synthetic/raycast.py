@@ -57,7 +57,7 @@ class RayGrid(Protocol):
         """Bounds of the hulls of corners (V, P, 8, 3): first, last row, first, last column, and seen at all."""
 
     def rays(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Origins (N, 3), unit directions (N, 3) in the map, times (N,) after the reference time (None: all zero)."""
+        """Origins (3, N), unit directions (3, N) in the map, times (N,) after the reference time (None: all zero)."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,17 @@ class Pinhole:
             indexing="ij",
         )
         k = self.intrinsic[:, :, :, None, None]
-        local = torch.stack(
-            [(u - k[:, 0, 2]) / k[:, 0, 0], (v - k[:, 1, 2]) / k[:, 1, 1], torch.ones_like(u).expand(len(k), -1, -1)],
-            -1,
-        )  # (V, rows, columns, 3)
-        local = (local / local.norm(dim=-1, keepdim=True)).flatten(1, 2)
-        direction = local @ self.rotation.transpose(1, 2)
-        return self.position[:, None].expand_as(direction).reshape(-1, 3), direction.reshape(-1, 3), None
+        x, y = (u - k[:, 0, 2]) / k[:, 0, 0], (v - k[:, 1, 2]) / k[:, 1, 1]
+        local = torch.stack([x, y, torch.ones_like(x)], 1)  # (V, 3, rows, columns)
+        local = (local / (x * x + y * y + 1).sqrt()[:, None]).flatten(2)
+        direction = (self.rotation @ local).transpose(0, 1)
+        origin = self.position.T[..., None].expand_as(direction)
+        return origin.reshape(3, -1), direction.reshape(3, -1), None
+
+    def cosine(self) -> Tensor:
+        """(V, rows, columns): of the angles between rays and the optical axis."""
+        direction = self.rays()[1].view(3, len(self.position), -1)
+        return torch.einsum("vi,ivn->vn", self.rotation[:, :, 2], direction).view(-1, self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -194,14 +198,14 @@ class Spinning:
         device = self.position.device
         azimuth = self.first_azimuth + self.azimuth_step * torch.arange(self.columns, device=device)
         flat, rise = self.elevation.cos()[:, None], self.elevation.sin()[:, None].expand(-1, self.columns)
-        local = torch.stack([flat * azimuth.cos(), flat * azimuth.sin(), rise], -1)  # (rows, columns, 3)
-        direction = torch.einsum("vij,rcj->vrci", self.rotation, local)
-        time = self.time[:, None]  # the sensor turns by a fraction of a degree within a scan: first order is exact
-        moved = (self.spin[:, None] * time)[:, None].expand_as(direction)
-        direction = direction + torch.cross(moved, direction, dim=-1)
-        origin = (self.position[:, None] + self.drift[:, None] * time)[:, None].expand_as(direction)
+        local = torch.stack([flat * azimuth.cos(), flat * azimuth.sin(), rise])  # (3, rows, columns)
+        direction = torch.einsum("vij,jrc->ivrc", self.rotation, local)
+        # The sensor turns by a fraction of a degree within a scan: first order is exact.
+        moved = (self.spin.T[..., None] * self.time)[:, :, None].expand_as(direction)
+        direction = direction + torch.cross(moved, direction, dim=0)
+        origin = (self.position.T[..., None] + self.drift.T[..., None] * self.time)[:, :, None].expand_as(direction)
         times = self.time.expand(len(self.position), self.rows, -1)
-        return origin.reshape(-1, 3), direction.reshape(-1, 3), times.reshape(-1)
+        return origin.reshape(3, -1), direction.reshape(3, -1), times.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -236,9 +240,10 @@ class Orthographic:
             torch.arange(self.columns, device=device) * self.step_m,
             indexing="ij",
         )
-        local = torch.stack([u, v, torch.zeros_like(u)], -1).reshape(1, -1, 3)
-        origin = self.corner[:, None] + local @ self.rotation.transpose(1, 2)
-        return origin.reshape(-1, 3), self.rotation[:, None, :, 2].expand_as(origin).reshape(-1, 3), None
+        local = torch.stack([u, v, torch.zeros_like(u)]).flatten(1)
+        origin = (self.corner[..., None] + self.rotation @ local).transpose(0, 1)  # (3, V, rows * columns)
+        direction = self.rotation[:, :, 2].T[..., None].expand_as(origin)
+        return origin.reshape(3, -1), direction.reshape(3, -1), None
 
 
 def cast(solids: Solids, grid: RayGrid, chunk: int = 1 << 17) -> Hits:
@@ -248,7 +253,7 @@ def cast(solids: Solids, grid: RayGrid, chunk: int = 1 << 17) -> Hits:
         chunk: (part, ray) pairs solved at a time; on a GPU make it millions, on a CPU let a chunk fit the cache.
     """
     origin, direction, time = grid.rays()
-    best = torch.full((len(origin),), _FAR_KEY, dtype=torch.int64, device=origin.device)
+    best = torch.full(origin.shape[1:], _FAR_KEY, dtype=torch.int64, device=origin.device)
     view, part, near, rectangle = _candidates(solids, grid)
     special = (solids.texture[part] == Texture.FOLIAGE).float()
     special += 2 * ((solids.texture[part] == Texture.WHEEL) & (solids.seed[view, part] == 2)).float()
@@ -263,16 +268,16 @@ def cast(solids: Solids, grid: RayGrid, chunk: int = 1 << 17) -> Hits:
         ],
         1,
     ).T.contiguous()  # (22, items): the arithmetic runs along long rows
-    origin, direction = origin.T.contiguous(), direction.T.contiguous()
     for kind in (HEXAHEDRON, QUADRIC):
         for item, ray in _pairs((solids.kind[part] == kind).nonzero()[:, 0], view, rectangle, grid, chunk):
-            keep = ((best[ray] >> 32).int().view(torch.float32) > near[item]).nonzero()[:, 0]
-            item, ray = item[keep], ray[keep]
+            reached = (best.index_select(0, ray) >> 32).int().view(torch.float32)
+            keep = (reached > near.index_select(0, item)).nonzero()[:, 0]
+            item, ray = item.index_select(0, keep), ray.index_select(0, keep)
             row, o, d = (x.index_select(1, i) for x, i in ((table, item), (origin, ray), (direction, ray)))
             t, met = _solve(kind, row, o, d, None if time is None else time[ray])
             keep = (met & (t < grid.reach_m)).nonzero()[:, 0]
             key = (t[keep].view(torch.int32).long() << 32) | part[item[keep]]
-            best.scatter_reduce_(0, ray[keep], key, "amin")
+            best.scatter_reduce_(0, ray.index_select(0, keep), key, "amin")
     missed = best == _FAR_KEY
     distance = (best >> 32).int().view(torch.float32)
     return Hits(torch.where(missed, torch.inf, distance), torch.where(missed, SKY, best & 0xFFFFFFFF))
@@ -293,7 +298,7 @@ def _pairs(
     a = first = 0
     for b, last in torch.stack([stop, end[stop - 1]], 1).tolist():
         segment = torch.arange(a, b, device=device).repeat_interleave(width[a:b], output_size=last - first)
-        yield item[segment], shift[segment] + torch.arange(first, last, device=device)
+        yield item.index_select(0, segment), shift.index_select(0, segment) + torch.arange(first, last, device=device)
         a, first = b, last
 
 

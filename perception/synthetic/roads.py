@@ -275,7 +275,7 @@ class Ground:
 
     Attributes:
         waves: (4, 3): wave numbers x and y (rad/m), phases, amplitudes (m) of the terrain.
-        raster: (H, W, 4) uint8, row along y. corner: (x, y) m of its lower corner.
+        raster: (H, W, 4) uint8, row along y, stored channel by channel. corner: (x, y) m of its lower corner.
     """
 
     waves: Tensor
@@ -289,73 +289,76 @@ class Ground:
     def terrain(self, xy: Tensor) -> tuple[Tensor, Tensor]:
         """Height (N,) without kerbs and its gradient (N, 2), at (N, 2)."""
         kx, ky, phase, amplitude = self.waves.to(xy.dtype)[..., None]  # (3, 1)
-        angle = xy[:, 0] * kx + xy[:, 1] * ky + phase  # (3, N): long rows run fast
+        angle = xy[:, 0] * kx + xy[:, 1] * ky + phase  # (3, N)
         slope = amplitude * angle.cos()
-        return (amplitude * angle.sin()).sum(0), torch.stack([(slope * kx).sum(0), (slope * ky).sum(0)], 1)
+        return (amplitude * angle.sin()).sum(0), torch.stack([(slope * kx).sum(0), (slope * ky).sum(0)]).T
 
     def sample(self, xy: Tensor) -> Tensor:
         """(N, 4): distance outside the carriageway (m), paint, yellow and land surface in [0, 1], interpolated."""
-        value = self._interpolated(self.raster.view(-1, 4), xy)
-        return torch.cat([(value[:, :1] - _SDF_ZERO) * _SDF_STEP_M, value[:, 1:] / 255], 1)
+        outside, *marks = self._interpolated(4, xy)
+        return torch.stack([(outside - _SDF_ZERO) * _SDF_STEP_M, *(x / 255 for x in marks)]).T
 
-    def _interpolated(self, flat: Tensor, xy: Tensor) -> Tensor:
-        """Bilinear values (N, ...) of a raster (H * W, ...) at (N, 2)."""
+    def _interpolated(self, channels: int, xy: Tensor) -> list[Tensor]:
+        """Bilinear values (N,) of the raster's first channels at (N, 2)."""
         height, width = self.raster.shape[:2]
         u = ((xy[:, 0] - self.corner[0]) / PIXEL_M - 0.5).clamp(0, width - 1.001)
         v = ((xy[:, 1] - self.corner[1]) / PIXEL_M - 0.5).clamp(0, height - 1.001)
         u0, v0 = u.floor(), v.floor()
-        shape = (-1, *[1] * (flat.ndim - 1))
-        fu, fv = (u - u0).view(shape), (v - v0).view(shape)
-        first = v0.long() * width + u0.long()
-        a, b, c, d = (flat[first + step].float() for step in (0, 1, width, width + 1))
-        return (a * (1 - fu) + b * fu) * (1 - fv) + (c * (1 - fu) + d * fu) * fv
+        fu, fv = u - u0, v - v0
+        first, values = v0.long() * width + u0.long(), []
+        corners = [first + step for step in (0, 1, width, width + 1)]
+        for plane in self.raster.unbind(2)[:channels]:
+            flat = plane.reshape(-1)
+            a, b, c, d = (flat.index_select(0, index).float() for index in corners)
+            values.append((a * (1 - fu) + b * fu) * (1 - fv) + (c * (1 - fu) + d * fu) * fv)
+        return values
 
     def kerb(self, xy: Tensor) -> Tensor:
-        """(N,) height above the terrain: 0 on the carriageway, KERB_M beside it."""
-        outside_m = (self._interpolated(self.raster.view(-1, 4)[:, 0], xy) - _SDF_ZERO) * _SDF_STEP_M
+        """(N,) height above the terrain at (N, 2): 0 on the carriageway, KERB_M beside it."""
+        outside_m = (self._interpolated(1, xy)[0] - _SDF_ZERO) * _SDF_STEP_M
         return (outside_m / 0.05).clamp(0, 1) * KERB_M
 
     def height(self, xy: Tensor) -> Tensor:
         return self.terrain(xy)[0] + self.kerb(xy)
 
     def intersect(self, origin: Tensor, direction: Tensor, reach_m: float) -> Tensor:
-        """Distances (N,) at which rays from above meet the ground, inf beyond reach.
+        """Distances (N,) at which rays (3, N) from above meet the ground, inf beyond reach.
 
         Newton's method on the smooth terrain, raised by a kerb and not; where the two answers lie on different sides
         of a kerb, its face is found between them by bisection.
         """
-        found = torch.full_like(direction[:, 0], torch.inf)
-        down = (direction[:, 2] < 0.05).nonzero()[:, 0]
-        o, d = origin[down], direction[down]
+        found = torch.full_like(direction[0], torch.inf)
+        down = (direction[2] < 0.05).nonzero()[:, 0]
+        o, d = origin.index_select(1, down), direction.index_select(1, down)
         low = self._newton(o, d, reach_m, KERB_M)
         high = self._newton(o, d, reach_m, 0.0)
         flat = low.isfinite() & high.isfinite()
         start = low.where(flat, 0)
-        raised = self.kerb(o[:, :2] + start[:, None] * d[:, :2]) > 0.5 * KERB_M
+        raised = self.kerb((o[:2] + start * d[:2]).T) > 0.5 * KERB_M
         t = torch.where(raised | ~high.isfinite(), low, high)
         unsure = (flat & ~raised & (high - low < 40)).nonzero()[:, 0]
-        a, b = low[unsure], high[unsure]
-        edge = self.kerb(o[unsure, :2] + (b - 0.02)[:, None] * d[unsure, :2]) > 0
-        unsure, a, b = unsure[edge], a[edge], b[edge]
+        a, b, o, d = low[unsure], high[unsure], o[:2].index_select(1, unsure), d[:2].index_select(1, unsure)
+        edge = (self.kerb((o + (b - 0.02) * d).T) > 0).nonzero()[:, 0]
+        unsure, a, b, o, d = unsure[edge], a[edge], b[edge], o[:, edge], d[:, edge]
         whole = b - a
         full = b
         for _ in range(8):
             middle = (a + b) / 2
             above = KERB_M * (full - middle) / whole.clamp_min(1e-6)  # height of the ray over the carriageway
-            inside = self.kerb(o[unsure, :2] + middle[:, None] * d[unsure, :2]) >= above
+            inside = self.kerb((o + middle * d).T) >= above
             a, b = torch.where(inside, a, middle), torch.where(inside, middle, b)
         t[unsure] = b
         found[down] = t.where(t < reach_m, torch.inf)
         return found
 
     def _newton(self, o: Tensor, d: Tensor, reach_m: float, raised_m: float) -> Tensor:
-        base = self.terrain(o[:, :2])[0] + raised_m
-        t = torch.where(d[:, 2] < -0.01, (base - o[:, 2]) / d[:, 2].clamp_max(-0.01), 60.0).clamp(0, reach_m)
+        base = self.terrain(o[:2].T)[0] + raised_m
+        t = torch.where(d[2] < -0.01, (base - o[2]) / d[2].clamp_max(-0.01), 60.0).clamp(0, reach_m)
         miss = t
         for _ in range(4):
-            height, slope = self.terrain(o[:, :2] + t[:, None] * d[:, :2])
-            miss = o[:, 2] + t * d[:, 2] - height - raised_m
-            rate = (d[:, 2] - (slope * d[:, :2]).sum(1)).clamp_max(-2e-3)
+            height, slope = self.terrain((o[:2] + t * d[:2]).T)
+            miss = o[2] + t * d[2] - height - raised_m
+            rate = (d[2] - slope[:, 0] * d[0] - slope[:, 1] * d[1]).clamp_max(-2e-3)
             t = (t - miss / rate).clamp(0, reach_m)
         settled = (miss.abs() < 0.05) & (t > 0.01) & (t < reach_m)
         return t.where(settled, torch.inf)
@@ -386,12 +389,13 @@ def build_ground(
         paved = np.where(paved == 0, 255, paved)
     raster = np.stack(
         [np.clip(np.round(sdf / _SDF_STEP_M + _SDF_ZERO), 0, 255).astype(np.uint8), painter.paint,
-         cv2.blur(painter.yellow, (3, 3)), paved.astype(np.uint8)], -1)  # fmt: skip
+         cv2.blur(painter.yellow, (3, 3)), paved.astype(np.uint8)])  # fmt: skip
+    planes = torch.from_numpy(raster).permute(1, 2, 0)
     angle, wavelength = rng.uniform(0, 2 * np.pi, 3), rng.uniform(150, 320, 3)
     number = 2 * np.pi / wavelength
     waves = np.stack([number * np.cos(angle), number * np.sin(angle), rng.uniform(0, 2 * np.pi, 3),
                       style.hill_m * rng.uniform(0.5, 1, 3)])  # fmt: skip
-    ground = Ground(torch.tensor(waves), torch.from_numpy(raster), (float(low[0]), float(low[1])), style.sidewalk_m)
+    ground = Ground(torch.tensor(waves), planes, (float(low[0]), float(low[1])), style.sidewalk_m)
     for lines in (marks.lane_lines, marks.stop_lines, marks.crossings):
         lines[:] = [np.column_stack([xy, ground.terrain(torch.from_numpy(xy))[0].numpy()]) for xy in lines]
     return ground, marks

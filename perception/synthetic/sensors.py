@@ -7,6 +7,7 @@ Radars measure range, azimuth, elevation and the radial velocity relative to the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from perception.synthetic.labels import Label
-from perception.synthetic.primitives import LIDAR, Solids, Texture, surface_normal
+from perception.synthetic.primitives import LIDAR, QUADRIC, Solids, Texture, surface_normal
 from perception.synthetic.raycast import GROUND, Hits, Pinhole, Spinning, cast
 from perception.synthetic.scene import Scene
 from perception.synthetic.shading import Light, Picture, Shadows, develop, ground_label, render
@@ -197,13 +198,13 @@ class LidarScan:
     """A measured cloud with what is true of its points: Label (N,) uint8, agent (N,) (0: none), and the clean ranges.
 
     Attributes:
-        range_image: (rows, columns) float32 true distances, inf where nothing was met.
+        range_image: (rows, columns) float32 true distances, on the device, inf where nothing was met.
     """
 
     cloud: PointCloud
     label: Array
     agent: Array
-    range_image: Array
+    range_image: Tensor
 
 
 class Simulator:
@@ -237,12 +238,15 @@ class Simulator:
         part = torch.where(first, GROUND, hits.part)
         return Hits(torch.where(first, t, hits.distance), part), origin, direction
 
-    def scan(self, spec: LidarSpec, stamps_ns: list[int], sample_stamp_ns: int) -> list[LidarScan]:
-        """Sweeps that end at the stamps, all in one cast."""
-        reference = [self.clock.seconds(s) - spec.period_s / 2 for s in stamps_ns]
-        poses = [self.scene.ego.pose(t) @ spec.ego_from_lidar for t in reference]
-        twists = [self.scene.ego.velocity(t) for t in reference]
-        levers = [p.translation - self.scene.ego.pose(t).translation for p, t in zip(poses, reference, strict=True)]
+    def scan(
+        self, spec: LidarSpec, stamps_ns: Sequence[Sequence[int]], sample_stamps_ns: Sequence[int]
+    ) -> list[list[LidarScan]]:
+        """Of each sample the sweeps that end at its stamps, all of one number and in one cast."""
+        ends = [s for group in stamps_ns for s in group]
+        reference = [self.clock.seconds(s) - spec.period_s / 2 for s in ends]
+        egos, twists = [self.scene.ego.pose(t) for t in reference], [self.scene.ego.velocity(t) for t in reference]
+        poses = [ego @ spec.ego_from_lidar for ego in egos]
+        levers = [p.translation - ego.translation for p, ego in zip(poses, egos, strict=True)]
         time = ((torch.arange(spec.columns, device=self.device) + 0.5) / spec.columns - 0.5) * spec.period_s
         grid = Spinning(
             self._tensor(*(p.rotation for p in poses)),
@@ -258,66 +262,71 @@ class Simulator:
         )
         solids = self.scene.solids(reference, self.device)
         hits, origin, direction = self._meet(solids, grid)
-        label, agent, intensity, kept, measured = self._returns(solids, grid, hits, origin, direction, spec, stamps_ns)
-        point = origin + measured[:, None] * direction
-        at_stamps = [self.pose(stamp) @ spec.ego_from_lidar for stamp in stamps_ns]
+        generators = [self._generator(group[0], spec.role) for group in stamps_ns]
+        label, agent, intensity, kept, measured = self._returns(solids, grid, hits, origin, direction, spec, generators)
+        at_stamps = [self.pose(stamp) @ spec.ego_from_lidar for stamp in ends]
         inverse = [p.inverse() for p in at_stamps]
         turn, shift = (
             torch.tensor(np.stack(x), device=self.device)
             for x in ([p.rotation for p in inverse], [p.translation for p in inverse])
         )
-        shape = (len(stamps_ns), grid.rows, grid.columns)
+        shape = (len(ends), grid.rows, grid.columns)
         view, column, row = kept.view(shape).transpose(1, 2).nonzero(as_tuple=True)  # in firing order
         ray = (view * grid.rows + row) * grid.columns + column
-        xyz = ((turn[view] * point[ray].double()[:, None]).sum(-1) + shift[view]).float()
-        columns = [intensity[ray], row, time[column] - spec.period_s / 2, label[ray], agent[ray]]
-        table = torch.cat([xyz, torch.stack([c.float() for c in columns], 1)], 1).cpu().numpy()
-        counts = torch.bincount(view, minlength=len(stamps_ns)).cpu().numpy()
-        ranges = hits.distance.view(shape).cpu().numpy()
-        back, scans = self.pose(sample_stamp_ns).inverse(), []
-        for k, rows in enumerate(np.split(table, np.cumsum(counts)[:-1])):
-            fields = {
-                "intensity": rows[:, 3].copy(),
-                "ring": rows[:, 4].astype(np.uint8),
-                "time_offset": rows[:, 5].copy(),
-            }
-            cloud = PointCloud(np.ascontiguousarray(rows[:, :3]), fields, back @ at_stamps[k], stamps_ns[k])
-            scans.append(LidarScan(cloud, rows[:, 6].astype(np.uint8), rows[:, 7].astype(np.int64), ranges[k]))
-        return scans
+        point = (origin.index_select(1, ray) + measured[ray] * direction.index_select(1, ray)).double()
+        xyz = (turn[view] * point.T[:, None]).sum(-1) + shift[view]
+        columns = [*xyz.T, intensity[ray], row, time[column] - spec.period_s / 2, label[ray], agent[ray]]
+        table = torch.stack([c.float() for c in columns], 1).cpu().numpy()
+        counts = np.bincount(view.cpu().numpy(), minlength=len(ends))
+        sweeps, k = iter(np.split(table, np.cumsum(counts)[:-1])), 0
+        ranges, samples = hits.distance.view(shape), []
+        for group, sample_stamp in zip(stamps_ns, sample_stamps_ns, strict=True):
+            back, scans = self.pose(sample_stamp).inverse(), []
+            for stamp in group:
+                rows = next(sweeps)
+                fields = {
+                    "intensity": rows[:, 3].copy(),
+                    "ring": rows[:, 4].astype(np.uint8),
+                    "time_offset": rows[:, 5].copy(),
+                }
+                cloud = PointCloud(np.ascontiguousarray(rows[:, :3]), fields, back @ at_stamps[k], stamp)
+                scans.append(LidarScan(cloud, rows[:, 6].astype(np.uint8), rows[:, 7].astype(np.int64), ranges[k]))
+                k += 1
+            samples.append(scans)
+        return samples
 
     def _returns(
         self, solids: Solids, grid: Spinning, hits: Hits, origin: Tensor, direction: Tensor, spec: LidarSpec,
-        stamps_ns: list[int],
+        generators: Sequence[torch.Generator],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Per ray: label, agent, intensity, is there a return, and the measured range."""
-        device, n = self.device, len(origin)
-        generator = self._generator(stamps_ns[0], spec.role)
+        device, n = self.device, origin.shape[1]
         distance = hits.distance.clamp_max(1e3)
-        point = origin + distance[:, None] * direction
+        point = origin + distance * direction
         solid, part = hits.part >= 0, hits.part.clamp_min(0)
         view = torch.arange(len(grid.position), device=device).repeat_interleave(grid.rows * grid.columns)
         time = grid.time.repeat(len(grid.position) * grid.rows)
-        rotation = solids.rotation[view, part]
-        center = solids.center[view, part] + solids.velocity[view, part] * time[:, None]
-        local = ((point - center)[:, :, None] * rotation).sum(1)
-        normal = surface_normal(local, solids.kind[part], solids.half[part], solids.form[part])
-        cosine = ((rotation * normal[:, None]).sum(-1) * direction).sum(1).abs()
-        cosine = torch.where(solid, cosine, direction[:, 2].abs()).clamp(0.01, 1)
-        label = torch.where(solid, solids.label[part], ground_label(self.ground, point[:, :2]))
+        rotation = solids.rotation[view, part].permute(1, 2, 0)
+        offset = point - solids.center[view, part].T - solids.velocity[view, part].T * time
+        local = (rotation * offset[:, None]).sum(0)
+        half, form = solids.half[part].T, solids.form[part].T
+        normal = (rotation * surface_normal(local, solids.kind[part] == QUADRIC, half, form)).sum(1)
+        cosine = torch.where(solid, (normal * direction).sum(0).abs(), direction[2].abs()).clamp(0.01, 1)
+        ground = self.ground.sample(point[:2].T)
+        label = torch.where(solid, solids.label[part], ground_label(self.ground, ground))
         # Reflectance by material in 0-255: paint on the road and painted bodies shine, signs throw the light back.
         shine = torch.tensor(_REFLECTANCE, device=device)[label.long()]
-        paint = self.ground.sample(point[:, :2])[:, 1]
-        shine = torch.where(solid, shine, shine + 30 * paint)
+        shine = torch.where(solid, shine, shine + 30 * ground[:, 1])
         tone = solids.color[part].mean(1)
         vehicle = solid & (label <= Label.TRAILER)
         shine = torch.where(vehicle, 5 + 55 * tone, shine)
         glass = solid & ((solids.texture[part] == Texture.CABIN) | (solids.texture[part] == Texture.GLASS))
 
         def uniform() -> Tensor:
-            return torch.rand(n, generator=generator, device=device)
+            return torch.cat([torch.rand(n // len(generators), generator=g, device=device) for g in generators])
 
         def normal_noise() -> Tensor:
-            return torch.randn(n, generator=generator, device=device)
+            return torch.cat([torch.randn(n // len(generators), generator=g, device=device) for g in generators])
 
         intensity = shine * cosine.sqrt() * torch.exp(0.35 * normal_noise())
         intensity = torch.where(label == Label.SIGN, 80 + 175 * cosine * uniform(), intensity)
@@ -340,59 +349,65 @@ class Simulator:
         intensity = (intensity.clamp(0, 255).round() if scale == 1 else (intensity * 2.2).clamp(0, 255)) * scale
         return label, agent, intensity.float(), kept, measured
 
-    def shadows(self, t_s: float) -> tuple[Solids, Shadows]:
-        """All solids at t, and their shadows around the ego vehicle."""
-        solids = self.scene.solids([t_s], self.device)
-        center = torch.tensor(self.scene.ego.pose(t_s).translation, dtype=torch.float32, device=self.device)
-        return solids, Shadows.cast(solids, self.light, center, chunk=self.chunk)
-
     def expose(
-        self, specs: list[CameraSpec], stamps_ns: list[int], sample_stamp_ns: int
-    ) -> dict[str, tuple[CameraImage, Picture]]:
-        """One image of each camera at its own stamp, with what is true of its pixels; all of one size."""
-        middle = self.clock.seconds(stamps_ns[len(stamps_ns) // 2])
-        _, shadows = self.shadows(middle)
-        together = 1 if self.device.type == "cpu" else len(specs)  # a CPU's cache holds one image
-        images = {}
-        k = self.supersample
-        for first in range(0, len(specs), together):
-            group, stamps = specs[first : first + together], stamps_ns[first : first + together]
-            times = [self.clock.seconds(s) for s in stamps]
-            poses = [self.scene.ego.pose(t) @ s.ego_from_camera for t, s in zip(times, group, strict=True)]
-            width, height = group[0].size
-            fine = [
-                s.intrinsic * np.array([[k], [k], [1]]) + np.array([[0, 0, (k - 1) / 2]] * 2 + [[0, 0, 0]])
-                for s in group
-            ]
-            grid = Pinhole(
-                self._tensor(*(p.rotation for p in poses)),
-                self._tensor(*(p.translation for p in poses)),
-                self._tensor(*fine),
-                height * k,
-                width * k,
-            )
-            picture = render(self.scene.solids(times, self.device), self.ground, grid, self.light, shadows, self.chunk)
-            radiance = picture.radiance
-            if k > 1:
-                radiance = radiance.view(len(group), height, k, width, k, 3).clamp_max(3).mean((2, 4))
-            noise = 0.010 + 0.035 * self.weather.night
-            rgb = develop(radiance, self._generator(stamps[0], group[0].role), noise)
-            z = (
-                grid.rays()[1] * grid.rotation[:, None, :, 2].expand(-1, height * width * k * k, -1).reshape(-1, 3)
-            ).sum(1)
-            depth = (picture.distance * z.view(picture.distance.shape))[:, k // 2 :: k, k // 2 :: k]
-            label, agent = picture.label[:, k // 2 :: k, k // 2 :: k], picture.agent[:, k // 2 :: k, k // 2 :: k]
-            for i, (spec, stamp) in enumerate(zip(group, stamps, strict=True)):
-                ego_from_camera = self.pose(sample_stamp_ns).inverse() @ self.pose(stamp) @ spec.ego_from_camera
-                image = CameraImage(rgb[i].cpu().numpy(), spec.intrinsic, ego_from_camera, stamp)
-                images[spec.role] = (image, Picture(radiance[i], depth[i], label[i], agent[i]))
+        self, specs: Sequence[CameraSpec], stamps_ns: Sequence[Sequence[int]], sample_stamps_ns: Sequence[int]
+    ) -> list[dict[str, tuple[CameraImage, Picture]]]:
+        """Of each sample one image of each camera at its own stamp, with what is true of its pixels; all of one size.
+
+        A GPU sees all at once, a CPU, whose cache holds one image, one after another.
+        """
+        middles = [self.clock.seconds(group[len(group) // 2]) for group in stamps_ns]
+        centers = self._tensor(*(self.scene.ego.pose(t).translation for t in middles))
+        shadows = Shadows.cast(self.scene.solids(middles, self.device), self.light, centers, chunk=self.chunk)
+        views = [(k, spec, s) for k, group in enumerate(stamps_ns) for spec, s in zip(specs, group, strict=True)]
+        together, of_one = (1, 1) if self.device.type == "cpu" else (len(views), len(specs))
+        images: list[dict[str, tuple[CameraImage, Picture]]] = [{} for _ in stamps_ns]
+        for first in range(0, len(views), together):
+            group = views[first : first + together]
+            generators = [self._generator(s, spec.role) for _, spec, s in group[::of_one]]
+            rgb, picture = self._pictures(group, shadows, generators)
+            for i, (k, spec, stamp) in enumerate(group):
+                ego_from_camera = self.pose(sample_stamps_ns[k]).inverse() @ self.pose(stamp) @ spec.ego_from_camera
+                images[k][spec.role] = (CameraImage(rgb[i], spec.intrinsic, ego_from_camera, stamp), picture.at(i))
         return images
 
-    def detect(self, specs: list[RadarSpec], stamps_ns: list[int], sample_stamp_ns: int) -> dict[str, PointCloud]:
-        """One cloud of each radar at its own stamp, all in one cast; the radars differ in role and mount alone."""
-        spec, times = specs[0], [self.clock.seconds(s) for s in stamps_ns]
+    def _pictures(
+        self, views: Sequence[tuple[int, CameraSpec, int]], shadows: Shadows, generators: Sequence[torch.Generator]
+    ) -> tuple[Array, Picture]:
+        """Images (V, H, W, 3) of views (index of the sample's shadows, camera, stamp), and the truth of their pixels.
+
+        The picture's distances are depths, along the optical axis.
+        """
+        times, k = [self.clock.seconds(s) for _, _, s in views], self.supersample
+        poses = [self.scene.ego.pose(t) @ spec.ego_from_camera for t, (_, spec, _) in zip(times, views, strict=True)]
+        width, height = views[0][1].size
+        magnify, centers = np.array([[k], [k], [1]]), np.array([[0, 0, (k - 1) / 2]] * 2 + [[0, 0, 0]])
+        grid = Pinhole(
+            self._tensor(*(p.rotation for p in poses)),
+            self._tensor(*(p.translation for p in poses)),
+            self._tensor(*(spec.intrinsic * magnify + centers for _, spec, _ in views)),
+            height * k,
+            width * k,
+        )
+        place = torch.tensor([place for place, _, _ in views], device=self.device)
+        solids = self.scene.solids(times, self.device)
+        picture = render(solids, self.ground, grid, self.light, shadows, place, self.chunk)
+        radiance, middle = picture.radiance, slice(k // 2, None, k)
+        if k > 1:
+            radiance = radiance.view(len(views), height, k, width, k, 3).clamp_max(3).mean((2, 4))
+        rgb = develop(radiance, generators, 0.010 + 0.035 * self.weather.night).cpu().numpy()
+        distance, label, agent = (x[:, middle, middle] for x in (picture.distance, picture.label, picture.agent))
+        return rgb, Picture(radiance, distance * grid.cosine()[:, middle, middle], label, agent)
+
+    def detect(
+        self, specs: Sequence[RadarSpec], stamps_ns: Sequence[Sequence[int]], sample_stamps_ns: Sequence[int]
+    ) -> list[dict[str, PointCloud]]:
+        """Of each sample one cloud of each radar at its own stamp, all in one cast; radars differ in role and mount."""
+        spec = specs[0]
+        views = [(k, one, s) for k, group in enumerate(stamps_ns) for one, s in zip(specs, group, strict=True)]
+        times = [self.clock.seconds(s) for _, _, s in views]
         egos, twists = [self.scene.ego.pose(t) for t in times], [self.scene.ego.velocity(t) for t in times]
-        poses = [ego @ s.ego_from_radar for ego, s in zip(egos, specs, strict=True)]
+        poses = [ego @ one.ego_from_radar for ego, (_, one, _) in zip(egos, views, strict=True)]
         moving = [
             v + np.cross(w, pose.translation - ego.translation)
             for (v, w), pose, ego in zip(twists, poses, egos, strict=True)
@@ -400,7 +415,7 @@ class Simulator:
         half, (step_a, step_e) = np.radians(spec.half_azimuth_deg), np.radians(spec.step_deg)
         columns = int(2 * half / step_a) + 1
         rise = np.arange(-np.radians(spec.half_elevation_deg), np.radians(spec.half_elevation_deg) + 1e-6, step_e)
-        still = torch.zeros(len(specs), 3, device=self.device)
+        still = torch.zeros(len(views), 3, device=self.device)
         grid = Spinning(
             self._tensor(*(p.rotation for p in poses)), self._tensor(*(p.translation for p in poses)), still, still,
             torch.tensor(rise, dtype=torch.float32, device=self.device), -float(half), float(step_a),
@@ -408,22 +423,24 @@ class Simulator:
         )  # fmt: skip
         solids = self.scene.solids(times, self.device)
         hits, _, direction = self._meet(solids, grid)
-        view = torch.arange(len(specs), device=self.device).repeat_interleave(grid.rows * grid.columns)
+        view = torch.arange(len(views), device=self.device).repeat_interleave(grid.rows * grid.columns)
         solid, part = hits.part >= 0, hits.part.clamp_min(0)
         label = torch.where(solid, solids.label[part].long(), int(Label.ROAD))
-        target = torch.where(solid[:, None], solids.velocity[view, part], 0.0)
+        target = torch.where(solid, solids.velocity[view, part].T, 0.0)
         met = (hits.distance < spec.reach_m) & (hits.distance > 1.0) & (label != Label.EGO)
-        table = torch.cat([direction, target, torch.stack([hits.distance, label, met], 1)], 1).cpu().numpy()
-        clouds, back = {}, self.pose(sample_stamp_ns).inverse()
-        for k, rows in enumerate(np.split(table.astype(np.float64), len(specs))):
-            rows, stamp = rows[rows[:, 8] > 0], stamps_ns[k]
-            rng = np.random.default_rng([self.seed, stamp // 1000, *specs[k].role.encode()])
-            clouds[specs[k].role] = _detections(
-                specs[k], rng, rows[:, 6], rows[:, :3] @ poses[k].rotation,
-                ((rows[:, 3:6] - moving[k]) * rows[:, :3]).sum(1), moving[k] @ poses[k].rotation,
-                np.array(_RCS_DBSM)[rows[:, 7].astype(int)], back @ poses[k], stamp,
+        table = torch.cat([direction, target, torch.stack([hits.distance, label, met])]).T.cpu().numpy()
+        samples: list[dict[str, PointCloud]] = [{} for _ in stamps_ns]
+        back = [self.pose(stamp).inverse() for stamp in sample_stamps_ns]
+        for rows, (k, one, stamp), pose, own in zip(
+            np.split(table.astype(np.float64), len(views)), views, poses, moving, strict=True
+        ):
+            rows = rows[rows[:, 8] > 0]
+            rng = np.random.default_rng([self.seed, stamp // 1000, *one.role.encode()])
+            samples[k][one.role] = _detections(
+                one, rng, rows[:, 6], rows[:, :3] @ pose.rotation, ((rows[:, 3:6] - own) * rows[:, :3]).sum(1),
+                own @ pose.rotation, np.array(_RCS_DBSM)[rows[:, 7].astype(int)], back[k] @ pose, stamp,
             )  # fmt: skip
-        return clouds
+        return samples
 
     def inertial(self, first_ns: int, last_ns: int, rate_hz: float = 100.0) -> Imu:
         """IMU readings after first_ns up to last_ns."""

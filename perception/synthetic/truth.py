@@ -259,17 +259,19 @@ def _ground_voxels(
     """Lower `best` to the ground's label where the ground passes; a column's middle decides, its rim fills gaps."""
     device = best.device
     column = torch.cartesian_prod(*(torch.arange(int(n), device=device) for n in shape[:2]))
-    for k, (dx, dy) in enumerate([(0.5, 0.5), (0.1, 0.1), (0.1, 0.9), (0.9, 0.1), (0.9, 0.9)]):
-        xy = low[:2] + (column + torch.tensor([dx, dy], device=device)) * size[:2]
-        point = torch.cat([xy, torch.zeros_like(xy[:, :1])], 1)
-        for _ in range(3):
-            place = point @ turn.T + shift
-            point[:, 2] += ground.height(place[:, :2]) - place[:, 2]
-        z = ((point[:, 2] - low[2]) / size[2]).floor().long()
-        inside = (z >= 0) & (z < shape[2])
-        key = ((60 + k) << 8) | ground_label(ground, (point @ turn.T + shift)[:, :2]).long()
-        flat = (column[:, 0] * shape[1] + column[:, 1]) * shape[2] + z
-        best.scatter_reduce_(0, flat[inside], key[inside], "amin")
+    probes = torch.tensor([[0.5, 0.5], [0.1, 0.1], [0.1, 0.9], [0.9, 0.1], [0.9, 0.9]], device=device)
+    x, y = (low[:2] + (column + probes[:, None]) * size[:2]).reshape(-1, 2).T  # (5 * columns,)
+    z = torch.zeros_like(x)
+    for _ in range(3):
+        place = turn @ torch.stack([x, y, z]) + shift[:, None]
+        z = z + ground.height(place[:2].T) - place[2]
+    key = (60 + torch.arange(len(probes), device=device).repeat_interleave(len(column))) << 8
+    place = turn @ torch.stack([x, y, z]) + shift[:, None]
+    key = key | ground_label(ground, ground.sample(place[:2].T)).long()
+    level = ((z - low[2]) / size[2]).floor().long()
+    flat = ((column[:, 0] * shape[1] + column[:, 1]) * shape[2]).repeat(len(probes)) + level
+    inside = ((level >= 0) & (level < shape[2])).nonzero()[:, 0]
+    best.scatter_reduce_(0, flat[inside], key[inside], "amin")
 
 
 def observed_by_lidar(grid: VoxelGrid, spec: LidarSpec, scan: LidarScan, device: torch.device) -> Tensor:
@@ -283,7 +285,7 @@ def observed_by_lidar(grid: VoxelGrid, spec: LidarSpec, scan: LidarScan, device:
     gap = float((beams[1:] - beams[:-1]).max())
     turned = np.radians(spec.first_azimuth_deg) - torch.atan2(point[:, 1], point[:, 0])
     column = torch.remainder(turned / (2 * np.pi) * spec.columns, spec.columns).long() % spec.columns
-    met = torch.tensor(scan.range_image, device=device)[row, column]
+    met = scan.range_image[row, column]
     near_beam = (elevation - beams[row]).abs() < torch.maximum(margin / distance, elevation.new_tensor(0.55 * gap))
     seen = near_beam & (distance < met + margin) & (distance < spec.reach_m)
     index, inside = grid.index(grid.ego_from_grid.inverse().apply(scan.cloud.xyz_ego().astype(np.float64)))

@@ -200,7 +200,7 @@ def test_frames_come_in_stamp_order_and_hold_the_key_frames(city):
     assert np.allclose(np.diff([f.stamp_ns for f in lidar]), 50_000_000)
     assert small.key_stamps(0)[0] in {f.stamp_ns for f in lidar}
     key = next(f for f in lidar if f.stamp_ns == small.key_stamps(0)[0])
-    expected = small.simulator(0).scan(small.rig.lidars[0], [key.stamp_ns], key.stamp_ns)[0].cloud
+    expected = small.simulator(0).scan(small.rig.lidars[0], [[key.stamp_ns]], [key.stamp_ns])[0][0].cloud
     assert np.array_equal(key.lidars["top"].xyz, expected.xyz)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from perception.synthetic.primitives import (
+    QUADRIC,
     Solids,
     box,
     cylinder,
@@ -61,7 +62,7 @@ def test_distance_is_the_triangle_s(part, origin, toward, distance):
 def test_normals_point_away_from_the_surface():
     s = solids_of(box((0, 0, 0), (2, 4, 6)), ellipsoid((0, 0, 0), (2, 4, 6)), cylinder((0, 0, 0), 1.0, 4.0))
     point = torch.tensor([[1.0, 0.3, 0.2], [0.0, 2.0, 0.0], [0.2, 0.1, 2.0]])
-    normal = surface_normal(point, s.kind, s.half, s.form)
+    normal = surface_normal(point.T, s.kind == QUADRIC, s.half.T, s.form.T).T
     torch.testing.assert_close(normal, torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]), atol=1e-5, rtol=0)
 
 
@@ -76,7 +77,7 @@ def test_cast_agrees_with_every_part_tried_on_every_ray():
     intrinsic = torch.tensor([[[40.0, 0, 32], [0, 40.0, 24], [0, 0, 1]]])
     grid = Pinhole(torch.eye(3)[None], torch.zeros(1, 3), intrinsic, 48, 64)
     hits = cast(s, grid, chunk=997)
-    origin, direction, _ = grid.rays()
+    origin, direction = (x.T for x in grid.rays()[:2])
     best = torch.full((len(origin),), torch.inf)
     part = torch.full((len(origin),), SKY)
     for k in range(len(parts)):
