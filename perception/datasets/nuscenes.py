@@ -38,7 +38,7 @@ from perception.datasets.nuscenes_layout import (
 )
 from perception.datasets.nuscenes_writer import NuScenesWriter as NuScenesWriter
 from perception.datasets.sensor_files import read_image, select_roles
-from perception.errors import DataError
+from perception.errors import ConfigError, DataError
 from perception.sweeps import accumulate
 from perception.types import (
     IGNORE_LABEL,
@@ -141,10 +141,21 @@ class NuScenes:
         sample, index = self._samples[i], self._index
         boxes = self._boxes(sample) if len(index.box_label) else None
         labels = {_LIDAR: self._point_label(sample)} if index.sample_lidarseg[sample] and _LIDAR in self._lidars else {}
-        occupancy = self._occupancy(sample) if self.config.occupancy else None
+        occupancy = self.occupancy(i)
         if boxes is None and not labels and occupancy is None:
             return None
         return Truth(boxes, occupancy, self.map_from_ego(i), labels)
+
+    def occupancy(self, i: int) -> OccupancyGrid3D | None:
+        """The configured occupancy alone; None where none is configured."""
+        if self.config.occupancy is None:
+            return None
+        return self._read_occupancy(self._occupancy_file(self.config.occupancy_root or self.config.root, i), i)
+
+    def read_prediction(self, root: Path, i: int) -> OccupancyGrid3D | None:
+        """An occupancy that lies under `root` in the layout of the truth; None where there is no file of sample i."""
+        path = self._occupancy_file(root, i)
+        return self._read_occupancy(path, i) if path.is_file() else None
 
     def map_from_ego(self, i: int) -> Pose:
         """The car in the map (nuScenes: global) at the sample's stamp; published for every split."""
@@ -235,9 +246,14 @@ class NuScenes:
             )
         return Segmentation(label, LIDARSEG_CLASSES)
 
-    def _occupancy(self, sample: int) -> OccupancyGrid3D:
-        index, anchor = self._index, self._anchor(sample)
-        scene = index.sample_scene[sample]
+    def _layout(self) -> OccupancyLayout:
+        if self.config.occupancy is None:
+            raise ConfigError("nuScenes is read without occupancy", "set dataset.occupancy to the benchmark's layout")
+        return self.config.occupancy
+
+    def _occupancy_file(self, root: Path, i: int) -> Path:
+        index, sample = self._index, self._samples[i]
+        scene, anchor = index.sample_scene[sample], self._anchor(sample)
         names = KeyFrameNames(
             scene_name=index.scene_name[scene].decode(),
             scene_token=index.scene_token[scene].decode(),
@@ -245,11 +261,12 @@ class NuScenes:
             lidar_token=index.sample_lidar_token[sample].decode(),
             lidar_filename=index.data_file[anchor].decode(),
         )
-        layout = self.config.occupancy
-        assert layout is not None
-        path = occupancy_path(layout, self.config.occupancy_root or self.config.root, names)
+        return occupancy_path(self._layout(), root, names)
+
+    def _read_occupancy(self, path: Path, i: int) -> OccupancyGrid3D:
+        anchor = self._anchor(self._samples[i])
         ego_from_lidar = self._ego_from_sensor(anchor, self._pose(anchor).inverse())
-        return read_occupancy(layout, path, ego_from_lidar, int(index.data_stamp_ns[anchor]))
+        return read_occupancy(self._layout(), path, ego_from_lidar, int(self._index.data_stamp_ns[anchor]))
 
 
 def _pose(values: Array) -> Pose:

@@ -66,7 +66,18 @@ from perception.datasets.sensor_files import read_floats, read_image, select_rol
 from perception.errors import DataError
 from perception.rectify import CameraModel
 from perception.sweeps import accumulate, compensate_radial_velocity
-from perception.types import Array, Boxes3D, CameraImage, Imu, Odometry, PointCloud, Pose, Sample, Truth
+from perception.types import (
+    Array,
+    Boxes3D,
+    CameraImage,
+    Imu,
+    OccupancyGrid3D,
+    Odometry,
+    PointCloud,
+    Pose,
+    Sample,
+    Truth,
+)
 
 _COLUMN = {sensor: k for k, sensor in enumerate(SENSORS)}
 _MAX_VELOCITY_GAP_S = 1.5
@@ -156,14 +167,28 @@ class OmniHD:
 
         Boxes: `visibility` is 4 where a camera sees the box, else 1; the benchmark scores the former alone.
         """
-        frame = int(self._index.sample_frame[i])
         boxes = self._boxes(i) if self._index.annotations.known[i] else None
-        occupancy = None
-        if self.config.occupancy:
-            lidar_file = self._index.frames.file[frame, _COLUMN[LIDAR]].decode()
-            path = omnihd_occupancy.file_path(self.config.occupancy_root or self.config.root, lidar_file)
-            occupancy = omnihd_occupancy.read(path, int(self._index.frames.stamp_us[frame]) * 1000)
-        return Truth(boxes, occupancy, self.map_from_ego(i))
+        return Truth(boxes, self.occupancy(i), self.map_from_ego(i))
+
+    def occupancy(self, i: int) -> OccupancyGrid3D | None:
+        """The occupancy alone; None where it is not configured."""
+        if not self.config.occupancy:
+            return None
+        return omnihd_occupancy.read(
+            self._occupancy_file(self.config.occupancy_root or self.config.root, i), self._stamp(i)
+        )
+
+    def read_prediction(self, root: Path, i: int) -> OccupancyGrid3D | None:
+        """An occupancy that lies under `root` in the layout of the truth; None where there is no file of sample i."""
+        path = self._occupancy_file(root, i)
+        return omnihd_occupancy.read(path, self._stamp(i)) if path.is_file() else None
+
+    def _occupancy_file(self, root: Path, i: int) -> Path:
+        lidar_file = self._index.frames.file[self._index.sample_frame[i], _COLUMN[LIDAR]].decode()
+        return omnihd_occupancy.file_path(root, lidar_file)
+
+    def _stamp(self, i: int) -> int:
+        return int(self._index.frames.stamp_us[self._index.sample_frame[i]]) * 1000
 
     def map_from_ego(self, i: int) -> Pose:
         """Ego in the clip's map at the sample's stamp."""

@@ -27,7 +27,7 @@ from perception.datasets import semantickitti_voxels as voxels
 from perception.datasets.semantickitti_labels import SPLITS, read_point_labels, write_point_labels
 from perception.errors import DataError
 from perception.sweeps import accumulate
-from perception.types import Array, CameraImage, PointCloud, Pose, Sample, Truth
+from perception.types import Array, CameraImage, OccupancyGrid3D, PointCloud, Pose, Sample, Truth
 
 LIDAR_HEIGHT_M = 1.73
 """Of the LiDAR above the ground (KITTI's sensor drawing)."""
@@ -179,16 +179,31 @@ class SemanticKITTI:
     def truth(self, i: int) -> Truth | None:
         sequence, frame = self._index[i]
         map_from_ego = sequence.map_from_ego(frame)
-        point_label, occupancy = {}, None
+        point_label, occupancy = {}, self.occupancy(i)
         if sequence.has_labels:
             count = len(kitti.read_scan(sequence.file("velodyne", frame, ".bin"))[0])
             point_label["top"] = read_point_labels(sequence.file("labels", frame, ".label"), count)
-        if sequence.has_completion and frame in sequence.volumes:
-            path = voxels.file_path(self.config.root, sequence.name, frame)
-            occupancy = voxels.read(path, EGO_FROM_LIDAR, sequence.stamps_ns[frame], self.config.voxel_version)
         if map_from_ego is None and not point_label and occupancy is None:
             return None
         return Truth(occupancy=occupancy, map_from_ego=map_from_ego, point_label=point_label)
+
+    def occupancy(self, i: int) -> OccupancyGrid3D | None:
+        """The completion volume alone; None where the frame has none."""
+        sequence, frame = self._index[i]
+        if not (sequence.has_completion and frame in sequence.volumes):
+            return None
+        path = voxels.file_path(self.config.root, sequence.name, frame)
+        return voxels.read(path, EGO_FROM_LIDAR, sequence.stamps_ns[frame], self.config.voxel_version)
+
+    def read_prediction(self, root: Path, i: int) -> OccupancyGrid3D | None:
+        """The volume of a submission's folder (`root/sequences/..`); None where there is no file of sample i."""
+        sequence, frame = self._index[i]
+        path = voxels.prediction_path(root, sequence.name, frame)
+        if not path.is_file():
+            return None
+        grid = voxels.grid(EGO_FROM_LIDAR, self.config.voxel_version)
+        label, stamp_ns = voxels.read_label_voxels(path), sequence.stamps_ns[frame]
+        return OccupancyGrid3D(grid, label, voxels.CLASSES, voxels.FREE_LABEL, stamp_ns)
 
     def scene_name(self, i: int) -> str:
         """The sequence, such as "08"."""

@@ -45,6 +45,11 @@ def file_path(root: Path, sequence: str, frame: int) -> Path:
     return root / "sequences" / sequence / "voxels" / f"{frame:06d}.label"
 
 
+def prediction_path(root: Path, sequence: str, frame: int) -> Path:
+    """Where a submission has a frame's volume."""
+    return root / "sequences" / sequence / "predictions" / f"{frame:06d}.label"
+
+
 def read(path: Path, ego_from_lidar: Pose, stamp_ns: int, version: VoxelVersion = "v1.1") -> OccupancyGrid3D:
     """The truth of one frame, of its `.label` (the path), `.invalid` and, where there is one, `.occluded` with `.bin`.
 

@@ -10,15 +10,13 @@ Predictions come from a predictor, or from files that any method wrote in the be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import SerializeAsAny
 
 from perception.config import Config, apply_override, read_yaml, validate
 from perception.datasets import dataset_config, open_dataset
-from perception.datasets.semantickitti_voxels import read_label_voxels
 from perception.device import usable_device
 from perception.errors import ConfigError, DataError
 from perception.evaluation.detection import DetectionScore, evaluate_detection
@@ -111,7 +109,7 @@ def evaluate(
     elif config.benchmark == "localization":
         score, samples = evaluate_localization(_frames(dataset, predictor, indices)), count
     else:
-        score = _occupancy(config, dataset, predictor, predictions, indices, device)
+        score = _occupancy(config, dataset, predictor, predictions, indices, device, subset)
         samples = score.frames
     result = make_result(
         config.benchmark,
@@ -166,6 +164,19 @@ def _boxes(dataset: Any, predictor: Predictor, indices: Iterable[int]) -> Iterat
         yield sample.token, boxes, dataset.map_from_ego(i)
 
 
+@runtime_checkable
+class OccupancyDataset(Dataset, Protocol):
+    """A data set with an occupancy benchmark."""
+
+    def occupancy(self, i: int) -> OccupancyGrid3D | None:
+        """The truth of sample i, without the other truths; None where there is none."""
+        ...
+
+    def read_prediction(self, root: Path, i: int) -> OccupancyGrid3D | None:
+        """What a method wrote below `root` in the benchmark's format; None where there is no file of sample i."""
+        ...
+
+
 def _occupancy(
     config: RunConfig,
     dataset: Dataset,
@@ -173,55 +184,32 @@ def _occupancy(
     predictions: Path | None,
     indices: Iterable[int],
     device: str,
+    subset: bool,
 ) -> OccupancyScore:
+    if not isinstance(dataset, OccupancyDataset):
+        raise ConfigError(f"{type(dataset).__name__} has no occupancy benchmark", "choose the benchmark's data set")
     evaluator = OccupancyEvaluator(BENCHMARKS[config.benchmark], device)
-    written = _written_occupancy(config, predictions, dataset) if predictions is not None else None
     for i in indices:
-        truth = dataset.truth(i)
-        if truth is None or truth.occupancy is None:
+        truth = dataset.occupancy(i)
+        if truth is None:
             raise DataError(
                 f"{config.benchmark}: sample {dataset.tokens[i]} has no occupancy truth",
                 "choose a split that has it; for nuScenes set dataset.occupancy and dataset.occupancy_root",
             )
-        if written is not None:
-            predicted = written(i)
-        else:
-            assert predictor is not None
+        if predictor is not None:
             predicted = _expect(OccupancyGrid3D, predictor.predict(dataset[i]), config.benchmark)
-        evaluator.update(predicted, truth.occupancy)
+        else:
+            assert predictions is not None
+            predicted = dataset.read_prediction(predictions, i)
+        if predicted is None and subset:
+            continue
+        if predicted is None:
+            raise DataError(
+                f"{predictions}: no prediction of sample {dataset.tokens[i]}",
+                "predict every sample of the split, or score the part that there is with --subset",
+            )
+        evaluator.update(predicted, truth)
     return evaluator.score()
-
-
-def _written_occupancy(config: RunConfig, root: Path, dataset: Dataset) -> Callable[[int], OccupancyGrid3D]:
-    """Reads the prediction of sample i from files in the benchmark's layout."""
-    from perception.datasets.semantickitti import SemanticKITTI
-
-    if isinstance(dataset, SemanticKITTI):
-        return lambda i: _submitted(root, dataset, i)
-    if "occupancy_root" not in type(config.dataset).model_fields:
-        raise ConfigError(f"{type(dataset).__name__} has no occupancy benchmark", "choose the benchmark's data set")
-    predicted = open_dataset(config.dataset.model_copy(update={"occupancy_root": root}))
-
-    def read(i: int) -> OccupancyGrid3D:
-        truth = predicted.truth(i)
-        if truth is None or truth.occupancy is None:
-            raise DataError(f"{root}: no prediction of sample {dataset.tokens[i]}", "predict every sample of the split")
-        return truth.occupancy
-
-    return read
-
-
-def _submitted(root: Path, dataset: Dataset, i: int) -> OccupancyGrid3D:
-    """The prediction of sample i from a folder in the layout of a SemanticKITTI submission, on the truth's grid."""
-    sequence, frame = dataset.tokens[i].split("/")
-    path = root / "sequences" / sequence / "predictions" / f"{frame}.label"
-    if not path.is_file():
-        raise DataError(f"{path}: no prediction of sample {dataset.tokens[i]}", "predict every sample of the split")
-    label = read_label_voxels(path)
-    truth = dataset.truth(i)
-    if truth is None or truth.occupancy is None:
-        raise DataError(f"semantickitti: sample {dataset.tokens[i]} has no truth", "score sequences with voxel labels")
-    return replace(truth.occupancy, label=label, observed={})
 
 
 def _frames(dataset: Dataset, predictor: Predictor | None, indices: Iterable[int]) -> Iterator[LocalizationFrame]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from perception.datasets.semantickitti_labels import SPLITS, voxel_labels
-from perception.datasets.semantickitti_voxels import CLASSES, SHAPE, write_label_voxels
+from perception.datasets.semantickitti_voxels import CLASSES, SHAPE, prediction_path, write_label_voxels
 from perception.errors import DataError
 from perception.types import IGNORE_LABEL, OccupancyGrid3D
 
@@ -43,7 +43,7 @@ def write_prediction(root: Path, sequence: str, frame: int, prediction: Occupanc
             f"sequence {sequence} frame {frame}: {ignored} voxels without a class",
             "every voxel of a submission has a class or is free",
         )
-    path = root / "sequences" / sequence / "predictions" / f"{frame:06d}.label"
+    path = prediction_path(root, sequence, frame)
     write_label_voxels(path, prediction.label)
     return path
 

@@ -158,6 +158,24 @@ def _simulate_sweeps(task: _Task) -> list[Sample]:
     return list(city.frames(scene, task.sweeps == "all", stamps[k - 1] if k else 0, stamps[k]))
 
 
+def _simulate_drive(task: _Task) -> list[Sample]:
+    """The same with IMU and wheel readings since the LiDAR's last sweep, and a satellite fix with each sweep."""
+    simulator = _open_city(task.city).simulator(task.index // task.city.key_frames)
+    frames = _simulate_sweeps(task)
+    last_ns = next(frame.stamp_ns for frame in frames if frame.lidars) - 50_000_000
+    for i, frame in enumerate(frames):
+        if frame.lidars:
+            since, last_ns = last_ns, frame.stamp_ns
+            frames[i] = replace(
+                frame,
+                odom_from_ego=simulator.odom_from_ego(last_ns),
+                imu=simulator.inertial(since, last_ns),
+                odometry=simulator.odometry(since, last_ns),
+                gnss=simulator.fix(last_ns),
+            )
+    return frames
+
+
 T = TypeVar("T")
 
 
@@ -336,10 +354,11 @@ def _rosbag(config: ExportConfig, cities: Cities, root: Path, advance: Advance) 
     count = config.key_frames
     scenes = [(split, city, scene) for split, city in cities.items() for scene in range(city.scenes)]
     tasks = [_Task(city, scene * count + k, "all") for _, city, scene in scenes for k in range(count)]
-    intervals = _in_order(config, _simulate_sweeps, tasks)
+    intervals = _in_order(config, _simulate_drive, tasks)
     for split, city, scene in scenes:
+        simulator = _open_city(city).simulator(scene)
         with RosbagWriter(root / f"{split}_{scene:03d}") as writer:
-            writer.start(_open_city(city).map_from_ego(scene))
+            writer.start(simulator.pose, simulator.odom_from_ego)
             for k in range(count):
                 for frame in next(intervals):
                     writer.add(frame)

@@ -153,8 +153,11 @@ def test_semantickitti_from_a_submission(tmp_path):
     score, result = evaluate(config, tmp_path, predictions=tmp_path / "submission")
     assert score.miou == pytest.approx(1.0) and result.samples == 2
     next((tmp_path / "submission").rglob("*.label")).unlink()
-    with pytest.raises(DataError, match=r"no prediction of sample 08/00000\d"):
+    with pytest.raises(DataError, match=r"no prediction of sample 08/00000\d\n.*--subset"):
         evaluate(config, tmp_path, predictions=tmp_path / "submission")
+    score, result = evaluate(config, tmp_path, predictions=tmp_path / "submission", subset=True)
+    assert score.miou == pytest.approx(1.0)
+    assert (result.samples, result.subset) == (1, True)
 
 
 def test_a_benchmark_of_another_data_set_is_refused(nuscenes, cache, tmp_path):

@@ -140,3 +140,25 @@ def test_more_scenes_than_there_are_names_is_an_error_before_anything_is_made(tm
 def test_the_layout_is_told_from_the_folder(nuscenes):
     root, _ = nuscenes
     assert detect_layout(root)["name"] == "nuscenes"
+
+
+def test_a_bag_holds_every_sensor_and_what_the_vehicle_says_of_itself(tmp_path):
+    pytest.importorskip("rosbags", reason="extra bag is not installed")
+    from perception.datasets.rosbag import Rosbag, RosbagConfig
+
+    config = ExportConfig(layout="rosbag", train=0, val=1, image_size=(160, 90), key_frames=1, workers=1)
+    export(config, tmp_path)
+    bag = Rosbag(RosbagConfig(root=tmp_path / "val_000"))
+    city = City(_city_config(config, 100_000, 1))
+    sample, simulated = bag[len(bag) - 1], city[0]
+    assert sample.stamp_ns == simulated.stamp_ns
+    np.testing.assert_allclose(sample.lidars["top"].xyz, simulated.lidars["top"].xyz, atol=1e-5)
+    assert sorted(sample.radars) == sorted(simulated.radars)
+    assert len(sample.cameras) == 6
+    assert sample.imu is not None
+    assert sample.odometry is not None
+    assert sample.gnss is not None
+    np.testing.assert_allclose(sample.odom_from_ego.matrix, simulated.odom_from_ego.matrix, atol=1e-6)
+    np.testing.assert_allclose(
+        bag.truth(len(bag) - 1).map_from_ego.matrix, city.truth(0).map_from_ego.matrix, atol=1e-6
+    )
