@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,9 @@ from perception.networks.layers.sparse import (
     SparseTensor,
     SubMConv3d,
 )
-from perception.types import Array, Pose, VoxelGrid
+from perception.synthetic.city import CityConfig
+from perception.synthetic.stream import Augment, Pair, Replay, fresh
+from perception.types import Array, Pose, Sample, VoxelGrid
 from perception.voxelize import mean_voxels
 
 
@@ -55,9 +58,12 @@ def measure(name: str, size: str, run: Callable[[], object], device: torch.devic
         torch.cuda.reset_peak_memory_stats(device)
     times_ms = [_time_ms(run, device) for _ in range(runs)]
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     p50, p95 = np.percentile(times_ms, (50, 95))
-    return BenchRow(name, where, size, float(p50), float(p95), runs, peak)
+    return BenchRow(name, _in_words(device), size, float(p50), float(p95), runs, peak)
+
+
+def _in_words(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def _time_ms(run: Callable[[], object], device: torch.device) -> float:
@@ -116,6 +122,68 @@ def bench_sparse(
             name = f"sparse encoder, {kind}, {backend}, {str(dtype).removeprefix('torch.')}"
             rows.append(measure(name, f"{len(sites):,} voxels", run, device, runs, warm_up))
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class CityRate:
+    """How many training samples a second the city gives.
+
+    Attributes:
+        name: `fresh`, each one simulated, or `replayed` from a pool in memory.
+        device: that simulates, and by how many processes, in words.
+        size: what a sample holds, in words.
+        samples: how many were timed.
+        samples_per_s: taken as they come, augmentation included.
+    """
+
+    name: str
+    device: str
+    size: str
+    samples: int
+    samples_per_s: float
+
+
+def bench_city(
+    city: CityConfig, workers: int = 0, together: int = 1, samples: int = 100, augment: Augment | None = None
+) -> list[CityRate]:
+    """The rates of `perception.synthetic.stream`: fresh, and replayed from a pool of as many.
+
+    The first samples, up to those that waited for their turn while all workers built their first scenes, are not
+    timed; the scenes built later are.
+    """
+    stream = fresh(city, workers, together)
+    sample, _ = next(stream)
+    for _ in range(max(1, workers) * 3 * together):
+        next(stream)
+
+    def rate(name: str, pairs: Iterator[Pair], change: Augment | None) -> CityRate:
+        start = time.perf_counter()
+        for pair in itertools.islice(pairs, samples):
+            if change is not None:
+                change(*pair)
+        took_s = time.perf_counter() - start
+        return CityRate(name, where, _sample_size(sample, city), samples, samples / took_s)
+
+    device = torch.device(city.device)
+    where = (
+        f"{_in_words(device)}, {max(1, workers)} process{'es' if workers > 1 else ''}, {together} key frames at once"
+    )
+    first = rate("fresh", stream, augment)
+    with Replay(stream, min(samples, 64), augment, refresh=False) as pool:
+        next(pool)
+        return [first, rate("replayed", pool, None)]
+
+
+def _sample_size(sample: Sample, city: CityConfig) -> str:
+    parts = [f"{sum(len(cloud) for cloud in sample.lidars.values()):,} LiDAR points of {city.sweeps} sweeps"]
+    if sample.cameras:
+        height, width = next(iter(sample.cameras.values())).rgb.shape[:2]
+        parts.append(f"{len(sample.cameras)} images of {width}x{height}")
+    if sample.radars:
+        parts.append(f"{len(sample.radars)} radars")
+    if city.occupancy is not None:
+        parts.append("occupancy of " + "x".join(map(str, city.occupancy.shape)))
+    return ", ".join(parts)
 
 
 def second_encoder(in_channels: int) -> SparseSequential:

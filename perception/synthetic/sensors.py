@@ -215,7 +215,7 @@ class Simulator:
     ) -> None:
         self.scene, self.rig, self.clock, self.seed, self.weather = scene, rig, clock, seed, weather
         self.device, self.supersample = torch.device(device), supersample
-        self.chunk = 1 << 17 if self.device.type == "cpu" else 1 << 23
+        self.chunk = 1 << 17 if self.device.type == "cpu" else 1 << 22
         self.ground = scene.ground.to(self.device)
         self.light = Light.of(scene.style, self.device, max(weather.fog, 0.55 * weather.rain), weather.night)
 
