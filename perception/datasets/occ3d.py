@@ -13,30 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from perception.datasets import openoccupancy
 from perception.datasets.occupancy_files import check_labels, check_layout, read_npz
 from perception.errors import DataError
 from perception.types import IGNORE_LABEL, OccupancyGrid3D, Pose, VoxelGrid
 
-CLASSES = (
-    "others",
-    "barrier",
-    "bicycle",
-    "bus",
-    "car",
-    "construction_vehicle",
-    "motorcycle",
-    "pedestrian",
-    "traffic_cone",
-    "trailer",
-    "truck",
-    "driveable_surface",
-    "other_flat",
-    "sidewalk",
-    "terrain",
-    "manmade",
-    "vegetation",
-    "free",
-)
+CLASSES = ("others", *openoccupancy.CLASSES[1:], "free")
 FREE_LABEL = 17
 
 _KEYS = ("semantics", "mask_lidar", "mask_camera")
