@@ -23,6 +23,7 @@ from perception.synthetic.primitives import (
     Texture,
     enter_hexahedron,
     enter_quadric,
+    length,
 )
 
 GROUND, SKY = -1, -2
@@ -351,7 +352,7 @@ def _solve(kind: int, row: Tensor, origin: Tensor, direction: Tensor, time: Tens
     x, y, z = point = o + near * d
     unit = point / half
     slope = d / half
-    facing = -(unit * slope).sum(0) / slope.norm(dim=0)
+    facing = -(unit * slope).sum(0) / length(slope)
     ripple = (7 * x + row[9]).sin() * (9 * y + row[10]).sin() + (17 * z + 13 * x).sin() * (21 * y - 9 * z).sin()
     gap = (row[21] == 1) & (ripple * 0.42 + 0.40 > facing)
     hub = unit[0] ** 2 + unit[1] ** 2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from perception.synthetic.labels import Label
-from perception.synthetic.primitives import QUADRIC, Solids, Texture, surface_normal
+from perception.synthetic.primitives import QUADRIC, Solids, Texture, length, surface_normal
 from perception.synthetic.raycast import GROUND, Orthographic, Pinhole, cast
 from perception.synthetic.roads import KERB_WIDTH_M, Ground, Style
 from perception.types import IGNORE_LABEL
@@ -474,7 +474,7 @@ def _foliage(s: _Spot) -> _Surface:
     bump = torch.stack([clump, leaf, -clump]) * 1.6
     normal = s.n + bump + s.tone(0, 0, 0.25)
     surface = s.paint(color)
-    surface.normal = normal / normal.norm(dim=0)
+    surface.normal = normal / length(normal)
     return surface
 
 

@@ -155,30 +155,32 @@ def visible_share(
     )
     local = solids.half[chosen, None] * offset
     point = (solids.rotation[0, chosen][:, None] * local[:, :, None]).sum(-1) + solids.center[0, chosen, None]
-    point = point.reshape(-1, 3).double()
+    point = point.reshape(-1, 3).T.double()
     agent = solids.agent[chosen].repeat_interleave(len(offset))
-    seen = torch.zeros(len(point), dtype=torch.bool, device=device)
+    seen = torch.zeros_like(agent, dtype=torch.bool)
     for image, picture in pictures:
-        camera = (map_from_ego @ image.ego_from_camera).inverse()
-        pixel, _, inside = _project(point, camera, image, device)
-        seen |= inside & (picture.agent[pixel[:, 1], pixel[:, 0]] == agent)
+        index, pixel, _ = _project(point, (map_from_ego @ image.ego_from_camera).inverse(), image)
+        seen[index] |= picture.agent.flatten()[pixel] == agent[index]
     total = torch.bincount(agent, minlength=count)
     return (torch.bincount(agent[seen], minlength=count) / total.clamp_min(1)).cpu().numpy()
 
 
-def _project(
-    point: Tensor, camera_from_point: Pose, image: CameraImage, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Nearest pixels (N, 2) (0 where outside), depths (N,) and which points (N, 3) float64 lie inside the image."""
-    rotation, shift = (
-        torch.tensor(x, device=device) for x in (camera_from_point.rotation, camera_from_point.translation)
-    )
-    local = point @ rotation.T + shift
-    uvw = local @ torch.tensor(image.intrinsic, device=device).T
-    pixel = (uvw[:, :2] / uvw[:, 2:].clamp_min(1e-3)).round().clamp(-2, 1e5).long()
+def _project(point: Tensor, camera_from_point: Pose, image: CameraImage) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the points (3, N) float64 lie inside the image: their indices (M,), nearest pixels (row by row), depths.
+
+    The image's frustum is tried first, as few points are in it.
+    """
     height, width = image.rgb.shape[:2]
-    inside = (local[:, 2] > 0.1) & (pixel >= 0).all(1) & (pixel[:, 0] < width) & (pixel[:, 1] < height)
-    return pixel * inside[:, None], local[:, 2], inside
+    matrix = image.intrinsic @ camera_from_point.rotation
+    (ux, uy, uz), (vx, vy, vz), (x, y, z) = (row.tolist() for row in matrix)
+    a, b, c = (image.intrinsic @ camera_from_point.translation).tolist()
+    depth = x * point[0] + y * point[1] + z * point[2] + c
+    ahead = (depth > 0.1).nonzero()[:, 0]
+    point, depth = point.index_select(1, ahead), depth.index_select(0, ahead)
+    u = ((ux * point[0] + uy * point[1] + uz * point[2] + a) / depth).round()
+    v = ((vx * point[0] + vy * point[1] + vz * point[2] + b) / depth).round()
+    inside = ((u >= 0) & (v >= 0) & (u < width) & (v < height)).nonzero()[:, 0]
+    return ahead[inside], v[inside].long() * width + u[inside].long(), depth[inside]
 
 
 # What wins a voxel that several things share: small and thin before large, objects before ground.
@@ -276,17 +278,16 @@ def _ground_voxels(
 
 def observed_by_lidar(grid: VoxelGrid, spec: LidarSpec, scan: LidarScan, device: torch.device) -> Tensor:
     """(X, Y, Z) bool: voxels between the LiDAR and what its beams met, by comparison with its range image."""
-    point, margin = _voxels(grid, scan.cloud.ego_from_sensor, device)
-    distance = point.norm(dim=1)
-    elevation = torch.asin((point[:, 2] / distance.clamp_min(1e-3)).clamp(-1, 1))
-    beams = torch.tensor(np.radians(spec.elevation_deg), device=device, dtype=point.dtype)
-    row = (torch.searchsorted(beams, elevation) - 1).clamp(0, len(beams) - 2)
-    row = row + (elevation - beams[row] > beams[row + 1] - elevation).long()
+    (x, y, z), margin = _voxels(grid, scan.cloud.ego_from_sensor, device)
+    distance = (x * x + y * y + z * z).sqrt()
+    elevation = torch.asin((z / distance.clamp_min(1e-3)).clamp(-1, 1))
+    beams = torch.tensor(np.radians(spec.elevation_deg), device=device, dtype=x.dtype)
+    row = torch.bucketize(elevation, (beams[1:] + beams[:-1]) / 2)  # the nearest beam
     gap = float((beams[1:] - beams[:-1]).max())
-    turned = np.radians(spec.first_azimuth_deg) - torch.atan2(point[:, 1], point[:, 0])
+    turned = np.radians(spec.first_azimuth_deg) - torch.atan2(y, x)
     column = torch.remainder(turned / (2 * np.pi) * spec.columns, spec.columns).long() % spec.columns
-    met = scan.range_image[row, column]
-    near_beam = (elevation - beams[row]).abs() < torch.maximum(margin / distance, elevation.new_tensor(0.55 * gap))
+    met = scan.range_image.flatten().index_select(0, row * spec.columns + column)
+    near_beam = (elevation - beams.index_select(0, row)).abs() < (margin / distance).clamp_min(0.55 * gap)
     seen = near_beam & (distance < met + margin) & (distance < spec.reach_m)
     index, inside = grid.index(grid.ego_from_grid.inverse().apply(scan.cloud.xyz_ego().astype(np.float64)))
     hit = np.ravel_multi_index(tuple(index[inside].T), grid.shape)
@@ -301,19 +302,21 @@ def observed_by_cameras(
     seen = torch.zeros(int(np.prod(grid.shape)), dtype=torch.bool, device=device)
     point, margin = _voxels(grid, Pose.identity(), device)
     for image, picture in pictures:
-        pixel, depth, inside = _project(point, image.ego_from_camera.inverse(), image, device)
-        seen |= inside & (depth < picture.distance[pixel[:, 1], pixel[:, 0]] + margin)
+        index, pixel, depth = _project(point, image.ego_from_camera.inverse(), image)
+        seen[index] |= depth < picture.distance.flatten().index_select(0, pixel) + margin
     return seen.view(*grid.shape)
 
 
 def _voxels(grid: VoxelGrid, ego_from_sensor: Pose, device: torch.device) -> tuple[Tensor, float]:
-    """Centres (X * Y * Z, 3) float64 in a sensor's frame, and half a voxel's diagonal."""
-    axes = [torch.arange(n, device=device, dtype=torch.float64) for n in grid.shape]
-    center = (torch.cartesian_prod(*axes) + 0.5) * torch.tensor(grid.voxel_size, device=device, dtype=torch.float64)
-    center = center + torch.tensor(grid.min_corner, device=device, dtype=torch.float64)
+    """Centres (3, X * Y * Z) float64 in a sensor's frame, and half a voxel's diagonal."""
     pose = ego_from_sensor.inverse() @ grid.ego_from_grid
-    local = center @ torch.tensor(pose.rotation.T, device=device) + torch.tensor(pose.translation, device=device)
-    return local, 0.5 * float(np.linalg.norm(grid.voxel_size))
+    steps = torch.tensor(pose.rotation * grid.voxel_size, device=device)
+    first = torch.tensor(pose.apply(grid.center(np.zeros((1, 3))))[0], device=device)
+    x, y, z = (
+        torch.arange(n, device=device, dtype=torch.float64) * steps[:, k, None] for k, n in enumerate(grid.shape)
+    )
+    center = (first[:, None] + x)[:, :, None, None] + (y[:, :, None] + z[:, None])[:, None]
+    return center.flatten(1), 0.5 * float(np.linalg.norm(grid.voxel_size))
 
 
 def occupancy_truth(
