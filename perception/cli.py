@@ -211,6 +211,25 @@ def bench_sparse(
     out.print(bench_table(bench(features, device, backends=backends, dtypes=dtypes, train=train, runs=runs)))
 
 
+@bench_app.command("city")
+def bench_city(
+    device: DeviceOption = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes that simulate; 0 is this one.")] = 0,
+    together: Annotated[int, typer.Option(min=1, help="Key frames measured in one cast: 4 to 8 suit a GPU.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Timed samples.")] = 50,
+    rig: Annotated[
+        Literal["nuscenes", "omnihd"], typer.Option(help="omnihd: 128 beams and six 4D radars.")
+    ] = "nuscenes",
+) -> None:
+    """The synthetic city as a stream: ten LiDAR sweeps, six 704x256 images, radars, occupancy; samples a second."""
+    from perception.bench import bench_city as bench
+    from perception.synthetic.city import CityConfig
+    from perception.tables import rates_table
+
+    keys = {"scenes": max(1, 2 * workers), "sweeps": 10, "image_size": (704, 256), "rig": rig, "device": device}
+    out.print(rates_table(bench(CityConfig.model_validate(keys), workers, together, samples)))
+
+
 def _open(source: Path | None, overrides: list[str]) -> Dataset:
     """The data set at a root, of a configuration's `dataset` keys, or the small one that is written here."""
     from perception.config import apply_override, read_yaml

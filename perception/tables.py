@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from perception.bench import BenchRow
+from perception.bench import BenchRow, CityRate
 from perception.doctor import Finding
 from perception.evaluation.detection import DetectionScore
 from perception.evaluation.localization import LocalizationScore
@@ -103,4 +103,13 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     for row in rows:
         memory = "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f}"
         table.add_row(row.name, row.size, f"{row.p50_ms:.2f}", f"{row.p95_ms:.2f}", memory)
+    return table
+
+
+def rates_table(rates: Sequence[CityRate]) -> Table:
+    """Samples a second of the city's stream."""
+    table = Table("what", "sample", title=rates[0].device if rates else "", title_justify="left")
+    table.add_column("samples/s", justify="right")
+    for rate in rates:
+        table.add_row(rate.name, rate.size, f"{rate.samples_per_s:.1f}")
     return table

@@ -336,7 +336,8 @@ class Traffic:
         near = (offset**2).sum(1) < reach**2
         if not near.any():
             return False
-        return bool(rectangles_touch(offset[near], a.yaw[near], a.size, b.yaw[near], b.size).any())
+        # Truth boxes are drawn a little larger than the agents, and those must not overlap either.
+        return bool(rectangles_touch(offset[near], a.yaw[near], a.size + 0.1, b.yaw[near], b.size + 0.1).any())
 
 
 def ego_box_track(ego: Agent) -> Array:
