@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from perception.synthetic.truth import (
     segmentation,
     visible_share,
 )
-from perception.types import CameraImage, OccupancyGrid3D, PointCloud, Pose, Sample, Truth, VoxelGrid
+from perception.types import Array, CameraImage, OccupancyGrid3D, PointCloud, Pose, Sample, Truth, VoxelGrid
 
 FIRST_KEY_S = 1.0
 CAMERA_PERIOD_S = 1 / 12
@@ -260,17 +261,15 @@ class City:
             shape = config.occupancy
             frame = self.rig.lidars[0].ego_from_lidar if shape.frame == "lidar" else Pose.identity()
             found = self._occupancy(sim, measured, VoxelGrid(shape.min_corner, shape.voxel_size, shape.shape, frame))
+        depth, label, agent = _pixels([p for _, p in pictures.values()])
         clouds, radars = [s.cloud for s in scans.values()], list(sample.radars.values())
         return Truth(
             boxes(sim, sample.stamp_ns, stamps, clouds, radars, share),
             found,
             ego,
             {role: segmentation(s.label, s.agent, config.taxonomy) for role, s in scans.items()},
-            {role: _finite(p.distance.cpu().numpy()) for role, (_, p) in pictures.items()},
-            {
-                role: segmentation(p.label.cpu().numpy(), p.agent.cpu().numpy(), config.taxonomy)
-                for role, (_, p) in pictures.items()
-            },
+            dict(zip(pictures, depth, strict=True)),
+            {r: segmentation(x, a, config.taxonomy) for r, x, a in zip(pictures, label, agent, strict=True)},
         )
 
     def _occupancy(self, sim: Simulator, measured: _Measured, grid: VoxelGrid) -> OccupancyGrid3D:
@@ -314,6 +313,11 @@ def _accumulated(scans: list[LidarScan]) -> PointCloud:
     return accumulate([s.cloud for s in scans])
 
 
-def _finite(depth: np.ndarray) -> np.ndarray:
-    """Depth with 0 where there is none (the sky)."""
-    return np.where(np.isfinite(depth), depth, 0).astype(np.float32)
+def _pixels(pictures: list[Picture]) -> tuple[Array, Array, Array]:
+    """Of all pictures, from the device: depths, 0 where there is none (the sky), labels and agents."""
+    if not pictures:
+        return (np.zeros(0),) * 3
+    depth = torch.stack([p.distance for p in pictures])
+    label, agent = torch.stack([p.label for p in pictures]), torch.stack([p.agent for p in pictures])
+    known = torch.where(depth.isfinite(), depth, 0.0)
+    return known.cpu().numpy(), label.cpu().numpy(), agent.to(torch.int16).cpu().numpy()

@@ -12,7 +12,6 @@ from torch import Tensor
 from perception.datasets import omnihd_occupancy
 from perception.datasets.nuscenes_layout import DETECTION_CLASSES
 from perception.datasets.semantickitti_labels import POINT_CLASSES
-from perception.geometry import points_in_boxes
 from perception.synthetic.labels import (
     NUSCENES_CLASSES,
     NUSCENES_LABEL,
@@ -50,10 +49,10 @@ _VEHICLES = {Label.CAR, Label.TRUCK, Label.CONSTRUCTION_VEHICLE, Label.BUS, Labe
 def segmentation(label: Array, agent: Array, taxonomy: str) -> Segmentation:
     """Labels of the city as a benchmark's; IGNORE_LABEL (the sky) stays. Free is no class of points."""
     classes, table, _ = TAXONOMIES[taxonomy]
-    known = label != IGNORE_LABEL
-    mapped = np.where(known, table[np.where(known, label, 0)], IGNORE_LABEL).astype(np.uint8)
+    lookup = np.full(256, IGNORE_LABEL, np.uint8)
+    lookup[: len(table)] = table
     return Segmentation(
-        mapped, tuple(c for c in classes if c != "free" or taxonomy == "omnihd"), agent.astype(np.uint16)
+        lookup[label], tuple(c for c in classes if c != "free" or taxonomy == "omnihd"), agent.astype(np.uint16)
     )
 
 
@@ -98,14 +97,19 @@ def boxes(
         visibility=_levels(share, index),
     )
 
+    reach = np.linalg.norm(result.size, axis=1) / 2 + 0.01
+
     def count(group: Sequence[PointCloud]) -> Array:
         total = np.zeros(len(result), np.int64)
         for cloud in group:
             xyz = cloud.xyz_ego()
-            near = cKDTree(xyz).query_ball_point(result.center, np.linalg.norm(result.size, axis=1) / 2 + 0.01)
-            total += [
-                int(points_in_boxes(xyz[i], result.select(np.array([m]))).sum()) if i else 0 for m, i in enumerate(near)
-            ]
+            near = cKDTree(xyz, balanced_tree=False).query_ball_point(result.center, reach)
+            box = np.repeat(np.arange(len(result)), [len(i) for i in near])
+            offset = xyz[np.array([i for points in near for i in points], np.int64)] - result.center[box]
+            c, s = np.cos(result.yaw)[box], np.sin(result.yaw)[box]
+            local = [c * offset[:, 0] + s * offset[:, 1], c * offset[:, 1] - s * offset[:, 0], offset[:, 2]]
+            inside = (np.abs(np.stack(local, -1)) <= result.size[box] / 2).all(1)
+            total += np.bincount(box[inside], minlength=len(result))
         return total
 
     return Boxes3D(
