@@ -9,16 +9,17 @@ faster than the simulation; a callable augments what is drawn. Samples are numpy
 from __future__ import annotations
 
 import itertools
-import pickle
+import multiprocessing
+import os
+import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from types import TracebackType
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from perception.errors import PerceptionError
 from perception.synthetic.city import City, CityConfig
@@ -31,74 +32,86 @@ Augment = Callable[[Sample, Truth], Pair]
 def fresh(city: CityConfig, workers: int = 0, together: int = 1) -> Iterator[Pair]:
     """Samples with truth, for ever: the city's scenes in turn and again, each one's key frames in an order by its seed.
 
-    The same every time for the same arguments. Worker w simulates scenes w, w + workers, ...; their samples are
-    interleaved, so that neighbours in the stream are of different streets. Each worker holds two scenes, and up to
-    2 * `together` samples wait for their turn in shared memory.
+    The same every time for the same arguments. Worker w simulates scenes w, w + workers, ...; their samples take
+    turns, so that neighbours in the stream are of different streets. A worker holds at most 3 `together` samples.
 
     Args:
         city: `city.scenes` is the number of different streets.
         workers: processes that simulate; 0 is this one. They are ended when the iterator is closed or dropped.
         together: key frames of one scene that are measured at once: a GPU is faster with 4 to 8, a CPU is not.
 
-    Raises what a worker raised, with its message; RuntimeError when one was killed.
+    Raises:
+        PerceptionError: a worker failed, with its message, or was killed.
     """
-    stream = _Stream(city, together)
     if not workers:
-        yield from stream.pairs(0, 1)
+        yield from _pairs(city, together, 0, 1)
         return
-    loader = DataLoader(
-        stream, batch_size=None, num_workers=workers, prefetch_factor=2 * together, multiprocessing_context="spawn"
-    )
-    for packed in loader:
-        yield packed.open()
+    context = multiprocessing.get_context("spawn")  # a fork has no CUDA
+    pipes, processes = [], []
+    try:
+        for w in range(workers):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(city, together, w, workers, sender), daemon=True)
+            process.start()
+            sender.close()  # the worker's alone, so that its end is seen here
+            pipes.append(receiver)
+            processes.append(process)
+        for w in itertools.cycle(range(workers)):
+            yield _receive(pipes[w], processes[w], w)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
 
 
-class _Stream(IterableDataset):
-    """What a worker of the loader iterates over."""
-
-    def __init__(self, city: CityConfig, together: int) -> None:
-        self.city, self.together = city, together
-
-    def __iter__(self) -> Iterator[_Packed]:
-        worker = get_worker_info()
-        assert worker is not None
-        for pair in self.pairs(worker.id, worker.num_workers):
-            yield _Packed.of(pair)
-
-    def pairs(self, first: int, step: int) -> Iterator[Pair]:
-        """Of scenes first, first + step, ..., counted on for ever."""
-        for n in itertools.count(first, step):
-            seed = self.city.seed + n % self.city.scenes
-            scene = City(self.city.model_copy(update={"seed": seed, "scenes": 1}))
-            order = np.random.default_rng([self.city.seed, n]).permutation(self.city.key_frames).tolist()
-            for k in range(0, len(order), self.together):
-                yield from scene.key_frames(order[k : k + self.together])
+def _pairs(city: CityConfig, together: int, first: int, step: int) -> Iterator[Pair]:
+    """Of scenes first, first + step, ..., counted on for ever."""
+    for n in itertools.count(first, step):
+        scene = City(city.model_copy(update={"seed": city.seed + n % city.scenes, "scenes": 1}))
+        order = np.random.default_rng([city.seed, n]).permutation(city.key_frames).tolist()
+        for k in range(0, len(order), together):
+            yield from scene.key_frames(order[k : k + together])
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A pair on its way between processes: its arrays are in `data`, which the loader passes in shared memory."""
+def _work(city: CityConfig, together: int, first: int, step: int, pipe: Connection) -> None:
+    """A worker's life: a thread sends what is made; the next samples are made while these wait for their turn."""
+    torch.set_num_threads(1)
+    made: queue.Queue[Pair | str] = queue.Queue(2 * together)
 
-    pickled: bytes
-    bounds: list[tuple[int, int]]
-    data: Tensor
+    def send() -> None:
+        try:
+            while True:
+                item = made.get()
+                pipe.send(item)
+                if isinstance(item, str):
+                    os._exit(1)
+        except OSError:  # whom it was made for is gone
+            os._exit(0)
 
-    @staticmethod
-    def of(pair: Pair) -> _Packed:
-        buffers: list[pickle.PickleBuffer] = []
-        pickled = pickle.dumps(pair, protocol=5, buffer_callback=buffers.append)
-        arrays = [np.frombuffer(b.raw(), np.uint8) for b in buffers]
-        ends = np.cumsum([len(a) + -len(a) % 16 for a in arrays])  # aligned for any type
-        bounds = [(int(end) - len(a) - -len(a) % 16, len(a)) for end, a in zip(ends, arrays, strict=True)]
-        data = np.empty(int(ends[-1]), np.uint8)
-        for (start, size), array in zip(bounds, arrays, strict=True):
-            data[start : start + size] = array
-        return _Packed(pickled, bounds, torch.from_numpy(data))
+    sender = threading.Thread(target=send, name="send")
+    sender.start()
+    try:
+        for pair in _pairs(city, together, first, step):
+            made.put(pair)
+    except Exception as error:
+        made.put(f"{error}\n{traceback.format_exc()}")
+    sender.join()
 
-    def open(self) -> Pair:
-        """The pair, on this memory: nothing is copied."""
-        data = self.data.numpy().data
-        return pickle.loads(self.pickled, buffers=[data[a : a + n] for a, n in self.bounds])  # noqa: S301 (our worker's)
+
+def _receive(pipe: Connection, process: multiprocessing.process.BaseProcess, w: int) -> Pair:
+    try:
+        item = pipe.recv()
+    except (EOFError, OSError):
+        process.join()
+        raise PerceptionError(
+            f"city: worker {w} ended unexpectedly, exit code {process.exitcode}",
+            "a negative code is the signal that killed it: -9 is most often for want of memory, take fewer workers",
+        ) from None
+    if isinstance(item, str):
+        message, _, trace = item.partition("\nTraceback")
+        raise PerceptionError(f"city: worker {w} failed: {message}", f"where:\nTraceback{trace}")
+    return item
 
 
 class Replay:
