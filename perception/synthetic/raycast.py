@@ -288,18 +288,28 @@ def _pairs(
     chosen: Tensor, view: Tensor, rectangle: Tensor, grid: RayGrid, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Items and rays of all pairs of the chosen rectangles, row by row of each, about `chunk` at a time."""
-    device, height = chosen.device, rectangle[chosen, 2]
-    item = chosen.repeat_interleave(height)  # (S,): one row of a rectangle each
-    row = torch.arange(len(item), device=device) - (height.cumsum(0) - height).repeat_interleave(height)
-    first_row, first_column, _, width = rectangle[item].unbind(1)
-    end = width.cumsum(0)  # pairs up to each row's last
-    shift = ((view[item] * grid.rows + first_row + row) * grid.columns + first_column) - (end - width)
+    for index, row in runs(rectangle[chosen, 2], 1 << 62):
+        item = chosen[index]
+        first_row, first_column, _, width = rectangle[item].unbind(1)
+        first_ray = (view[item] * grid.rows + first_row + row) * grid.columns + first_column
+        for segment, place in runs(width, chunk):
+            yield item.index_select(0, segment), first_ray.index_select(0, segment) + place
+
+
+def runs(count: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs of `count` (S,) members laid out one after another: run and place in it of each member (N,) int64.
+
+    Whole runs, about `chunk` members at a time.
+    """
+    device, end = count.device, count.cumsum(0)
+    start = end - count
     total = int(end[-1]) if len(end) else 0
-    stop = torch.searchsorted(end, torch.arange(chunk, total + chunk, chunk, device=device)).clamp_max(len(end) - 1) + 1
+    marks = torch.arange(chunk, total + chunk, chunk, device=device) if total > chunk else end[-1:]
+    stop = torch.searchsorted(end, marks).clamp_max(len(end) - 1) + 1
     a = first = 0
-    for b, last in torch.stack([stop, end[stop - 1]], 1).tolist():
-        segment = torch.arange(a, b, device=device).repeat_interleave(width[a:b], output_size=last - first)
-        yield item.index_select(0, segment), shift.index_select(0, segment) + torch.arange(first, last, device=device)
+    for b, last in torch.stack([stop, end[stop - 1]], 1).tolist() if total else []:
+        run = torch.arange(a, b, device=device).repeat_interleave(count[a:b], output_size=last - first)
+        yield run, torch.arange(first, last, device=device) - start.index_select(0, run)
         a, first = b, last
 
 

@@ -19,7 +19,8 @@ from perception.synthetic.labels import (
     SEMANTICKITTI_LABEL,
     Label,
 )
-from perception.synthetic.primitives import HEXAHEDRON, Solids
+from perception.synthetic.primitives import HEXAHEDRON, QUADRIC, Solids
+from perception.synthetic.raycast import runs
 from perception.synthetic.roads import Ground
 from perception.synthetic.sensors import LidarScan, LidarSpec, Simulator
 from perception.synthetic.shading import Picture, ground_label
@@ -216,47 +217,54 @@ def occupancy(ground: Ground, solids: Solids, map_from_ego: Pose, grid: VoxelGri
     first = ((center - reach - low) / size).floor().long().clamp_min(0)
     last = torch.minimum(((center + reach - low) / size).floor().long(), shape - 1)
     span = last - first + 1
-    part = ((span > 0).all(1) & (solids.label != Label.EGO)).nonzero()[:, 0]
-    end = span[part].prod(1).cumsum(0)
-    total = int(end[-1]) if len(end) else 0
-    for start in range(0, total, chunk):
-        pair = torch.arange(start, min(start + chunk, total), device=device)
-        item = torch.searchsorted(end, pair, right=True)
-        p = part[item]
-        within = pair - (end[item] - span[p].prod(1))
-        nz, ny = span[p, 2], span[p, 1]
-        voxel = first[p] + torch.stack([within // (ny * nz), within // nz % ny, within % nz], 1)
-        offset = low + (voxel + 0.5) * size - center[p]
-        local = (offset[:, :, None] * rotation[p]).sum(1)
-        slack = (rotation[p].abs() * size[None, :, None]).sum(1) / 2
-        keep = _reaches(solids, p, local, slack, float(size.max()))
-        voxel, p = voxel[keep], p[keep]
-        key = (rank[solids.label[p].long()] << 8) | solids.label[p].long()
-        best.scatter_reduce_(0, (voxel[:, 0] * shape[1] + voxel[:, 1]) * shape[2] + voxel[:, 2], key, "amin")
+    table = torch.cat([rotation[:, 2] * size[2], _limits(solids, rotation, size)], 1).T.contiguous()
+    key = (rank[solids.label.long()] << 8) | solids.label.long()
+    for kind in (HEXAHEDRON, QUADRIC):
+        part = ((span > 0).all(1) & (solids.label != Label.EGO) & (solids.kind == kind)).nonzero()[:, 0]
+        for item, place in runs(span[part, 0] * span[part, 1], 1 << 62):  # the columns of voxels of each part
+            item = part[item]
+            x, y, z = first[item, 0] + place // span[item, 1], first[item, 1] + place % span[item, 1], first[item, 2]
+            offset = low + (torch.stack([x, y, z], 1) + 0.5) * size - center[item]
+            lowest = (offset[:, :, None] * rotation[item]).sum(1).T.contiguous()  # (3, S) in the part's frame
+            voxel = (x * shape[1] + y) * shape[2] + z
+            for column, up in runs(span[item, 2], chunk):
+                p = item.index_select(0, column)
+                row = table.index_select(1, p)
+                local = lowest.index_select(1, column) + up * row[:3]
+                keep = (_in_hexahedron if kind == HEXAHEDRON else _in_quadric)(local, row[3:]).nonzero()[:, 0]
+                found = voxel[column[keep]] + up[keep]
+                best.scatter_reduce_(0, found, key[p[keep]], "amin")
     _ground_voxels(best, ground, turn, shift, low, size, shape)
     return torch.where(best < 1 << 20, best & 0xFF, IGNORE_LABEL).to(torch.uint8).view(*grid.shape)
 
 
-def _reaches(solids: Solids, p: Tensor, local: Tensor, slack: Tensor, voxel_m: float) -> Tensor:
-    """Does part p reach into the voxel about `local` (N, 3), whose half extents along the part's axes are `slack`?"""
-    half, form = solids.half[p], solids.form[p]
+def _limits(solids: Solids, rotation: Tensor, size: Tensor) -> Tensor:
+    """(P, 13) of each part: half extents grown by half a voxel's extent along its axes; within which it is hollow (of
+    buildings, else negative); half its height; form; and by how much each of three sides leans in per metre up.
+    """
+    half, form = solids.half, solids.form
+    slack = (rotation.abs() * size[:, None]).sum(1) / 2
     grown = half + slack * slack.new_tensor([1.0, 1.0, 0.8])
-    a, b = form[:, 0] / (2 * half[:, 2]), form[:, 1] / (2 * half[:, 2])
-    s = form[:, 2] / (4 * half[:, 2])
-    x, y, z = local.unbind(1)
-    level = z.clamp(-half[:, 2], half[:, 2])
-    hexahedron = (
-        (z.abs() <= grown[:, 2])
-        & (x + a * level <= grown[:, 0] - form[:, 0] / 2)
-        & (b * level - x <= grown[:, 0] - form[:, 1] / 2)
-        & (y.abs() + s * level <= grown[:, 1] - form[:, 2] / 4)
-    )
-    u = local / grown
-    quadric = (u[:, 2].abs() <= 1) & (
-        u[:, 0] ** 2 + u[:, 1] ** 2 + form[:, 0] * u[:, 2] ** 2 <= (form[:, 1] + form[:, 2] * u[:, 2]) ** 2
-    )
-    inner = (solids.label[p] == Label.BUILDING) & (local.abs() < half - 0.9 * slack - 0.3 * voxel_m).all(1)
-    return torch.where(solids.kind[p] == HEXAHEDRON, hexahedron, quadric) & ~inner
+    building = (solids.label == Label.BUILDING)[:, None]
+    hollow = torch.where(building, half - 0.9 * slack - 0.3 * float(size.max()), -1.0)
+    lean = form / half[:, 2:] / form.new_tensor([2.0, 2.0, 4.0])
+    return torch.cat([grown, hollow, half[:, 2:], form, lean], 1)
+
+
+def _in_hexahedron(local: Tensor, limits: Tensor) -> Tensor:
+    """Does each part reach into the voxel whose centre is `local` (3, N) of it; `limits`: columns of `_limits`."""
+    (x, y, z), grown, height, form = local, limits[:3], limits[6], limits[7:10]
+    front, back, side = limits[10:13]
+    level = torch.minimum(torch.maximum(z, -height), height)
+    met = (z.abs() <= grown[2]) & (x + front * level <= grown[0] - form[0] / 2)
+    met &= (back * level - x <= grown[0] - form[1] / 2) & (y.abs() + side * level <= grown[1] - form[2] / 4)
+    return met & ~(local.abs() < limits[3:6]).all(0)
+
+
+def _in_quadric(local: Tensor, limits: Tensor) -> Tensor:
+    (x, y, z), (e, a, b) = local / limits[:3], limits[7:10]
+    met = (z.abs() <= 1) & (x * x + y * y + e * z * z <= (a + b * z) ** 2)
+    return met & ~(local.abs() < limits[3:6]).all(0)
 
 
 def _ground_voxels(
