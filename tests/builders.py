@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from perception.datasets.nuscenes_writer import NuScenesWriter
+from perception.errors import PerceptionError
 from perception.evaluation.detection_results import likely_attribute
+from perception.synthetic.city import CityConfig
 from perception.types import Boxes3D, CameraImage, PointCloud, Pose, Sample, Truth
 
 CLASSES = (
@@ -78,3 +81,12 @@ def write_small_nuscenes(root: Path, frames: int = 3) -> Path:
                 )
                 writer.add_sample(sample, Truth(boxes=found, map_from_ego=map_from_ego(stamp_ns)))
     return root
+
+
+class BrokenCityConfig(CityConfig):
+    """A city that cannot be simulated: the process that tries raises, or dies. Here, where a new process finds it."""
+
+    def model_copy(self, **_: object) -> CityConfig:
+        if self.seed:
+            os._exit(7)
+        raise PerceptionError(f"no street at seed {self.seed}", "ask for another")

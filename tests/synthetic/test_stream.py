@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
+import builders
 import numpy as np
 import pytest
 import torch
@@ -127,20 +127,11 @@ def test_a_stream_that_fails_is_an_error_when_drawn():
         Replay(made(1), 0)
 
 
-class BadConfig(CityConfig):
-    """A city that cannot be simulated: its worker raises, or dies."""
-
-    def model_copy(self, **kwargs: object) -> CityConfig:
-        if self.seed:
-            os._exit(7)
-        raise PerceptionError(f"no street at seed {self.seed}", "ask for another")
-
-
 @pytest.mark.parametrize(
     ("seed", "message"), [(0, "worker 0 failed: no street at seed 0"), (1, "worker 0 ended unexpectedly, exit code 7")]
 )
 def test_a_worker_that_fails_is_an_error_with_its_message(seed, message):
-    stream = fresh(BadConfig(**{**TINY.model_dump(), "seed": seed}), workers=1)
+    stream = fresh(builders.BrokenCityConfig(**{**TINY.model_dump(), "seed": seed}), workers=1)
     with pytest.raises(PerceptionError, match=message):
         next(stream)
 
