@@ -218,8 +218,9 @@ def bench_city(
     together: Annotated[int, typer.Option(min=1, help="Key frames measured in one cast: 4 to 8 suit a GPU.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Timed samples.")] = 50,
     rig: Annotated[
-        Literal["nuscenes", "omnihd"], typer.Option(help="omnihd: 128 beams and six 4D radars.")
-    ] = "nuscenes",
+        Literal["nuscenes", "nuscenes_4d", "omnihd"],
+        typer.Option(help="nuscenes_4d: six 4D radars; omnihd: and 128 beams."),
+    ] = "nuscenes_4d",
 ) -> None:
     """The synthetic city as a stream: ten LiDAR sweeps, six 704x256 images, radars, occupancy; samples a second."""
     from perception.bench import bench_city as bench

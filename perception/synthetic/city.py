@@ -55,7 +55,7 @@ class CityConfig(Config):
     scenes: int = Field(2, ge=1)
     key_frames: int = Field(40, ge=1, le=1000)
     key_period_s: float = Field(0.5, gt=0)
-    rig: Literal["nuscenes", "kitti", "omnihd"] = "nuscenes"
+    rig: Literal["nuscenes", "kitti", "omnihd", "nuscenes_4d"] = "nuscenes"
     image_size: tuple[int, int] | None = (800, 450)
     cameras: tuple[str, ...] | None = None
     radars: tuple[str, ...] | None = None

@@ -177,7 +177,10 @@ OMNIHD_RIG = Rig(
 )
 """OmniHD-Scenes: 128 beams, six cameras, six 4D radars."""
 
-RIGS = {rig.name: rig for rig in (NUSCENES_RIG, KITTI_RIG, OMNIHD_RIG)}
+NUSCENES_4D_RIG = replace(NUSCENES_RIG, name="nuscenes_4d", radars=OMNIHD_RIG.radars)
+"""nuScenes' LiDAR and cameras with OmniHD-Scenes' 4D radars, for training where 128 beams would cost too much."""
+
+RIGS = {rig.name: rig for rig in (NUSCENES_RIG, KITTI_RIG, OMNIHD_RIG, NUSCENES_4D_RIG)}
 
 
 @dataclass(frozen=True)
