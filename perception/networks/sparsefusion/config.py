@@ -1,0 +1,109 @@
+"""Configuration of SparseFusion. The defaults are the released LiDAR-camera configuration with a ResNet-50."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from perception.config import Config
+
+CLASSES = (
+    "car", "truck", "construction_vehicle", "bus", "trailer",
+    "barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone",
+)  # fmt: skip
+"""The released models' order of classes."""
+
+CAMERAS = ("front_left", "front", "front_right", "back_right", "back", "back_left")
+"""Roles in the released models' order of views."""
+
+
+class LidarConfig(Config):
+    """Points to the bird's-eye-view (BEV) feature map."""
+
+    role: str = "top"
+    range_m: tuple[float, float, float, float, float, float] = (-54.0, -54.0, -5.0, 54.0, 54.0, 3.0)
+    """Least x, y, z, then greatest, in the network's frame."""
+    voxel_size_m: tuple[float, float, float] = (0.075, 0.075, 0.2)
+    max_points: int = Field(10, gt=0)
+    """Points kept of a voxel: the first ones."""
+    max_voxels: int = Field(160_000, gt=0)
+    max_voxels_training: int = Field(120_000, gt=0)
+    encoder_channels: tuple[int, ...] = (16, 32, 64, 128)
+    """Of each stage of the sparse encoder; every stage but the first halves the grid."""
+    out_channels: int = 128
+    """Of the encoder's last convolution, for each of its layers of height."""
+    backbone_channels: tuple[int, ...] = (128, 256)
+    backbone_layers: int = 5
+    """3 x 3 convolutions of a stage of SECOND after its first."""
+    neck_channels: int = 256
+
+    @property
+    def stride(self) -> int:
+        """Voxels along a BEV cell."""
+        return int(2 ** (len(self.encoder_channels) - 1))
+
+    @property
+    def cell_m(self) -> float:
+        return self.voxel_size_m[0] * self.stride
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Voxels along x, y, z."""
+        low, high = self.range_m[:3], self.range_m[3:]
+        nx, ny, nz = (round((b - a) / s) for a, b, s in zip(low, high, self.voxel_size_m, strict=True))
+        return nx, ny, nz
+
+    @property
+    def bev_shape(self) -> tuple[int, int]:
+        """BEV cells along y (rows) and x (columns)."""
+        return self.grid[1] // self.stride, self.grid[0] // self.stride
+
+
+class ImageConfig(Config):
+    """Images to the feature pyramid; its first level has a quarter of the canvas' resolution, each next one half."""
+
+    backbone: Literal["resnet50", "swin_tiny", "efficientnet_lite0"] = "resnet50"
+    canvas_px: tuple[int, int] = (800, 448)
+    """Width and height: an image is resized to fit it, keeping its shape, and padded at the right and bottom."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """RGB, 0 to 255."""
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    neck_channels: int = 256
+
+
+class SparseFusionConfig(Config):
+    """SparseFusion; see LidarConfig and ImageConfig for the two branches."""
+
+    name: Literal["sparsefusion"] = "sparsefusion"
+    weights: Path | None = None
+    """A .safetensors file of this project (see `perception weights convert`, `perception train`)."""
+    modality: Literal["fusion", "lidar", "camera"] = "fusion"
+    """`lidar` and `camera` are the ablations: each detector alone, without any transfer."""
+    classes: tuple[str, ...] = CLASSES
+    cameras: tuple[str, ...] = CAMERAS
+    lidar: LidarConfig = LidarConfig()
+    image: ImageConfig = ImageConfig()
+    sweeps: int = Field(11, ge=1)
+    """LiDAR sweeps of a cloud, the key sweep included."""
+    channels: int = 128
+    """Of queries and of both feature maps that they attend to."""
+    heads: int = 8
+    feedforward_channels: int = 256
+    queries: int = 200
+    """Candidates of each modality."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    nms_radius_squared_m2: dict[str, float] = Field(
+        default_factory=lambda: {
+            "car": 0.35, "truck": 0.35, "construction_vehicle": 0.35, "bus": 0.35, "trailer": 0.35, "barrier": 0.175,
+            "motorcycle": 0.1, "pedestrian": 0.1, "traffic_cone": 0.1,
+        }
+    )  # fmt: skip
+    """Class -> squared distance of centres within which the weaker box is dropped; a class left out keeps all."""
+    unsuppressed: tuple[str, ...] = ("pedestrian", "traffic_cone")
+    """Classes whose LiDAR heatmap keeps all its values, not the local maxima alone."""
+    center_range_m: tuple[float, float, float, float, float, float] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
+    """Boxes with their centre (at the bottom face) outside are dropped."""
+    score_threshold: float = Field(0.0, ge=0, le=1)
+    """Boxes below are dropped."""
