@@ -65,13 +65,13 @@ class Candidates(NamedTuple):
 
     Attributes:
         label: (B, Q) class.
-        index: (B, Q) BEV cell (y * X + x), or token of the view.
+        location: (B, Q) BEV cell (y * X + x), or token of the view.
         view: (B, Q) camera; None for LiDAR candidates.
         score: (B, C, Q) the suppressed heatmap of every class at the candidate's place.
     """
 
     label: Tensor
-    index: Tensor
+    location: Tensor
     view: Tensor | None
     score: Tensor
 
