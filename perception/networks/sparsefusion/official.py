@@ -1,0 +1,172 @@
+"""The released checkpoints' keys and layouts, brought to ours.
+
+Each table maps the start of an official key, a regular expression, to the start of ours; the rest of the key stays. The
+first pattern that fits decides. Every official key is either mapped or dropped with a reason, an unknown one is refused.
+
+Layouts: linear, convolution and norm tensors are taken as they are. The kernels of sparse convolutions are (out, z, y,
+x, in) in checkpoints of spconv 2.2 and later, ours too; (z, y, x, in, out) in those of spconv 1 and mmdetection3d;
+(z, y, x, out, in) in those of spconv 2.0 and 2.1. Kernels with as many inputs as outputs do not tell the last two
+apart, so the first convolution, from the points' 5 values, decides for all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perception.errors import DataError
+from perception.networks.layers.sparse import krsc_from_rsck, krsc_from_rskc
+from perception.networks.sparsefusion.config import ImageConfig, SparseFusionConfig
+
+LIDAR = {
+    r"pts_middle_encoder\.": "lidar.encoder.",
+    r"pts_backbone\.": "lidar.backbone.",
+    r"pts_neck\.": "lidar.neck.",
+}
+
+IMAGE = {
+    r"img_backbone\.": "image.backbone.",
+    r"img_neck\.": "image.neck.",
+}
+
+HEAD = {
+    r"pts_bbox_head\.": "head.",
+}
+
+DROPPED = {
+    r".*\.relative_position_index$": "Swin's index of relative positions is computed, not learned",
+    r"pts_bbox_head\.heatmap_head\.": "the heatmap of the LiDAR alone is not used by the released configurations",
+    r"pts_bbox_head\.(view_transformer\.decoder|fusion_transformer\.decoder\.0)\.norm1\.": (
+        "the norm of a self-attention that this layer does not have"
+    ),
+    r"pts_bbox_head\.fusion_transformer\.decoder\.0\.cross_posembed\.": (
+        "one module with self_posembed, which is kept"
+    ),
+}
+"""Official keys that nothing of ours takes, with the reason; looked up before the other tables."""
+
+# Equal by construction: the same module registered under two names.
+_SAME = ("fusion_transformer.decoder.0.cross_posembed.", "fusion_transformer.decoder.0.self_posembed.")
+
+_BACKBONES: dict[str, ImageConfig] = {
+    "img_backbone.conv1.weight": ImageConfig(backbone="resnet50"),
+    "img_backbone.patch_embed.projection.weight": ImageConfig(backbone="swin_tiny"),
+}
+
+_FIRST = "pts_middle_encoder.conv_input.0.weight"
+_POINT_VALUES = 5  # x, y, z, intensity, time lag
+
+
+class Conversion(NamedTuple):
+    """An official state in our names.
+
+    Attributes:
+        state: our key -> tensor.
+        mapped: official key -> our key.
+        dropped: official key -> why nothing takes it.
+        layout: of the sparse kernels in the official state, "spconv 2.2 and later" say.
+    """
+
+    state: dict[str, Tensor]
+    mapped: dict[str, str]
+    dropped: dict[str, str]
+    layout: str
+
+
+def from_original(state_dict: Mapping[str, Tensor], config: SparseFusionConfig) -> dict[str, Tensor]:
+    """Our state of an official one; see `convert`."""
+    return convert(state_dict, config).state
+
+
+def convert(state_dict: Mapping[str, Tensor], config: SparseFusionConfig) -> Conversion:
+    """Map every key and bring sparse kernels to our layout.
+
+    Whether the result is complete and of the right shapes shows when it is loaded: that is strict.
+
+    Raises:
+        DataError: keys that no table knows; sparse kernels in no known layout; two copies of one module that differ.
+    """
+    _check_copies(state_dict)
+    permute, layout = _kernel_layout(state_dict, config)
+    state: dict[str, Tensor] = {}
+    mapped: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    unknown = []
+    for key, tensor in state_dict.items():
+        if (reason := _lookup(DROPPED, key)) is not None:
+            dropped[key] = reason[0]
+        elif (found := _lookup(LIDAR | IMAGE | HEAD, key)) is not None:
+            mapped[key] = own = found[0] + found[1]
+            state[own] = permute(tensor).contiguous() if _is_sparse_kernel(key, tensor) else tensor
+        else:
+            unknown.append(key)
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(state_dict)} tensors are not SparseFusion's: {', '.join(unknown[:5])}"
+            + (", ..." if len(unknown) > 5 else ""),
+            "give a checkpoint of the official LiDAR-camera model (sparsefusion_nusc_voxel_LC_r50 or ..._SwinT)",
+        )
+    return Conversion(state, mapped, dropped, layout)
+
+
+def detect_config(state_dict: Mapping[str, Tensor]) -> SparseFusionConfig:
+    """The released configuration that an official state belongs to, by its image backbone's keys.
+
+    Raises:
+        DataError: it has the keys of neither.
+    """
+    for key, image in _BACKBONES.items():
+        if key in state_dict:
+            return SparseFusionConfig(image=image)
+    some = ", ".join(list(state_dict)[:3]) or "none"
+    raise DataError(
+        f"neither of the released image backbones is among {len(state_dict)} tensors (the first: {some})",
+        "give a checkpoint of the official LiDAR-camera model (sparsefusion_nusc_voxel_LC_r50 or ..._SwinT)",
+    )
+
+
+def _lookup(table: Mapping[str, str], key: str) -> tuple[str, str] | None:
+    """What the first pattern that fits the key's start gives, and the rest of the key."""
+    for pattern, value in table.items():
+        if match := re.match(pattern, key):
+            return match.expand(value), key[match.end() :]
+    return None
+
+
+def _check_copies(state_dict: Mapping[str, Tensor]) -> None:
+    for key, tensor in state_dict.items():
+        twin = key.replace(*_SAME)
+        if twin != key and (twin not in state_dict or not torch.equal(tensor, state_dict[twin])):
+            raise DataError(
+                f"{key} and {twin} differ, but they are one module in the official model",
+                "this checkpoint was edited or comes of other code; give the released file",
+            )
+
+
+def _is_sparse_kernel(key: str, tensor: Tensor) -> bool:
+    return key.startswith("pts_middle_encoder.") and tensor.ndim == 5
+
+
+def _kernel_layout(
+    state_dict: Mapping[str, Tensor], config: SparseFusionConfig
+) -> tuple[Callable[[Tensor], Tensor], str]:
+    """How to bring a sparse kernel to (out, z, y, x, in), and the layout's name."""
+    if _FIRST not in state_dict:
+        raise DataError(f"there is no {_FIRST}", "give a checkpoint of the official LiDAR-camera model")
+    shape = tuple(state_dict[_FIRST].shape)
+    out = config.lidar.encoder_channels[0]
+    if shape == (out, 3, 3, 3, _POINT_VALUES):
+        return (lambda kernel: kernel), "spconv 2.2 and later"
+    if shape == (3, 3, 3, _POINT_VALUES, out):
+        return krsc_from_rsck, "spconv 1"
+    if shape == (3, 3, 3, out, _POINT_VALUES):
+        return krsc_from_rskc, "spconv 2.0 and 2.1"
+    raise DataError(
+        f"{_FIRST} is {shape}, which is no known layout of a kernel from {_POINT_VALUES} to {out} channels",
+        f"expected ({out}, 3, 3, 3, {_POINT_VALUES}), (3, 3, 3, {_POINT_VALUES}, {out}) or "
+        f"(3, 3, 3, {out}, {_POINT_VALUES})",
+    )
