@@ -4,7 +4,7 @@ Opening reads the bag once, headers only (`rosbag_index`); then a sample is read
 and nothing of the bag is kept in memory but stamps, transforms, calibrations, odometry, IMU and GNSS readings.
 Matching is the Synchronizer's, decoding `perception.vehicle`'s: the ones that the node uses.
 
-A bag says nothing of what is around: the truth is the pose in the map alone, where /tf has one.
+The truth is the pose in the map, where /tf has one, and the boxes and voxels that may lie beside the bag.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from perception.datasets.rosbag_file import (
     read_header,
 )
 from perception.datasets.rosbag_index import BagIndex, index_bag, small_topics
+from perception.datasets.rosbag_truth import read_truth
 from perception.datasets.rosbag_writer import RosbagWriter as RosbagWriter
 from perception.datasets.sensor_files import select_roles
 from perception.errors import ConfigError, DataError
@@ -104,13 +105,16 @@ class Rosbag:
         return self._sample(i, messages)
 
     def truth(self, i: int) -> Truth | None:
-        """The pose in the map; None where the transforms do not reach from there to the vehicle at this stamp."""
+        """The pose in the map, where the transforms reach from there to the vehicle at this stamp, and what lies beside
+        the bag; None where there is nothing at all.
+        """
         stamp = int(self.index.stamp_ns[i])
+        known = read_truth(self.config.root, stamp)
         tree = self.index.transforms.tree(int(self.index.epoch[i]), stamp, stamp)
         try:
-            return Truth(map_from_ego=tree.lookup(self.config.map_frame, self.config.base_frame, stamp))
+            return replace(known, map_from_ego=tree.lookup(self.config.map_frame, self.config.base_frame, stamp))
         except FrameError:
-            return None
+            return known if known.boxes is not None or known.occupancy is not None else None
 
     def scene_name(self, i: int) -> str:
         """The bag's name; after a clock jump followed by `-` and the epoch."""

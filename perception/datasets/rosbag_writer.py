@@ -42,9 +42,10 @@ from perception.datasets.rosbag_file import (
     TRANSFORMS,
     typestore,
 )
+from perception.datasets.rosbag_truth import write_truth
 from perception.datasets.sensor_files import check_single_sweep
 from perception.errors import DataError
-from perception.types import CameraImage, PointCloud, Pose, Sample
+from perception.types import CameraImage, PointCloud, Pose, Sample, Truth
 
 MAP, ODOM, BASE = "map", "odom", "base_link"
 
@@ -106,6 +107,7 @@ class RosbagWriter:
     ) -> None:
         if path.exists():
             raise DataError(f"{path}: is there already", "choose another folder, or delete this one")
+        self._path = path
         self._quality = jpeg_quality
         self._period_ns = round(1e9 / transform_rate_hz)
         self._bag = _open(path, storage)
@@ -145,14 +147,18 @@ class RosbagWriter:
 
         self._poses = map_from_ego, odom_from_ego or perfect_odometry
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample, truth: Truth | None = None) -> None:
         """All that a sample holds: a key frame, or one sensor's sweep. A reading that was written is not again.
+
+        Boxes and occupancy of a truth lie beside the bag (`rosbag_truth`), by the sample's stamp.
 
         Raises:
             ValueError: `start` was not called, samples out of order, an accumulated cloud, a sensor that moves on the
                 vehicle, or a sample's odometry that is not the one given to `start`.
         """
         map_from_ego, odom_from_ego = self._begin(sample)
+        if truth is not None and (truth.boxes is not None or truth.occupancy is not None):
+            write_truth(self._path, sample.stamp_ns, truth)
         for role, cloud in sample.lidars.items():
             self._add_cloud(sample, f"lidar_{role}", cloud)
         for role, cloud in sample.radars.items():

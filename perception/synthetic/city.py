@@ -32,6 +32,7 @@ from perception.types import Array, CameraImage, OccupancyGrid3D, PointCloud, Po
 FIRST_KEY_S = 1.0
 CAMERA_PERIOD_S = 1 / 12
 RADAR_PERIOD_S = 1 / 13
+_VELOCITY_NS = 50_000_000
 
 
 class GridConfig(Config):
@@ -173,6 +174,19 @@ class City:
             else:
                 radar = self.rig.radars[i]
                 yield Sample(stamp, radars=sim.detect([radar], [[stamp]], [stamp])[0])
+
+    def truth_of_sweep(self, scene: int, sweep: Sample) -> Truth:
+        """Boxes and occupancy at the stamp of a LiDAR sweep that `frames` gave, no key frame; seen by that sweep alone.
+
+        Occupancy is in ego's axes, without masks of what was seen.
+        """
+        sim, stamp, shape = self._simulator(scene), sweep.stamp_ns, self.config.occupancy
+        around = [stamp - _VELOCITY_NS, stamp, stamp + _VELOCITY_NS]
+        found = None
+        if shape is not None:
+            grid = VoxelGrid(shape.min_corner, shape.voxel_size, shape.shape, Pose.identity())
+            found = occupancy_truth(self._labels_at(sim, stamp, grid), grid, self.config.taxonomy, stamp, {})
+        return Truth(boxes(sim, stamp, around, list(sweep.lidars.values()), [], None), found)
 
     def _clock(self, scene: int) -> Clock:
         return Clock((1_600_000_000 + 1000 * (self.config.seed + scene)) * 1_000_000_000)

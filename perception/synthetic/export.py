@@ -104,7 +104,7 @@ _RIGS: dict[Layout, dict[str, Any]] = {
         "occupancy": _grid_config(semantickitti_voxels.grid(EGO_FROM_LIDAR), "lidar"),
     },
     "omnihd": {"rig": "omnihd", "taxonomy": "omnihd", "occupancy": _grid_config(omnihd_occupancy.grid(None), "ego")},
-    "rosbag": {"rig": "nuscenes", "occupancy": None},
+    "rosbag": {"rig": "nuscenes"},
 }
 """What of a city's configuration each layout asks for. nuScenes' other occupancies are asked for one by one."""
 
@@ -158,23 +158,29 @@ def _simulate_sweeps(task: _Task) -> list[Sample]:
     return list(city.frames(scene, task.sweeps == "all", stamps[k - 1] if k else 0, stamps[k]))
 
 
-def _simulate_drive(task: _Task) -> list[Sample]:
-    """The same with IMU and wheel readings since the LiDAR's last sweep, and a satellite fix with each sweep."""
-    simulator = _open_city(task.city).simulator(task.index // task.city.key_frames)
+def _simulate_drive(task: _Task) -> list[tuple[Sample, Truth]]:
+    """The same with IMU and wheel readings since the LiDAR's last sweep; a fix and the truth with each sweep."""
+    city = _open_city(task.city)
+    simulator, drive = city.simulator(task.index // task.city.key_frames), []
     frames = _simulate_sweeps(task)
-    last_ns = next(frame.stamp_ns for frame in frames if frame.lidars) - 50_000_000
-    for i, frame in enumerate(frames):
-        if frame.lidars:
-            since, last_ns = last_ns, frame.stamp_ns
-            frames[i] = replace(
-                frame,
-                odom_from_ego=simulator.odom_from_ego(last_ns),
-                imu=simulator.inertial(since, last_ns),
-                odometry=simulator.odometry(since, last_ns),
-                gnss=simulator.fix(last_ns),
-            )
-    return frames
+    last_ns = next(frame.stamp_ns for frame in frames if frame.lidars) - _SWEEP_NS
+    for frame in frames:
+        if not frame.lidars:
+            drive.append((frame, Truth()))
+            continue
+        since, last_ns = last_ns, frame.stamp_ns
+        full = replace(
+            frame,
+            odom_from_ego=simulator.odom_from_ego(last_ns),
+            imu=simulator.inertial(since, last_ns),
+            odometry=simulator.odometry(since, last_ns),
+            gnss=simulator.fix(last_ns),
+        )
+        drive.append((full, city.truth_of_sweep(task.index // task.city.key_frames, full)))
+    return drive
 
+
+_SWEEP_NS = 50_000_000
 
 T = TypeVar("T")
 
@@ -348,7 +354,7 @@ def _omnihd_boxes(boxes: Boxes3D) -> Boxes3D:
 
 
 def _rosbag(config: ExportConfig, cities: Cities, root: Path, advance: Advance) -> None:
-    """One MCAP bag a scene, every sensor at its own rate."""
+    """One MCAP bag a scene, every sensor at its own rate; beside it the boxes and voxels of every sweep."""
     from perception.datasets.rosbag import RosbagWriter  # extra `bag`
 
     count = config.key_frames
@@ -360,6 +366,6 @@ def _rosbag(config: ExportConfig, cities: Cities, root: Path, advance: Advance) 
         with RosbagWriter(root / f"{split}_{scene:03d}") as writer:
             writer.start(simulator.pose, simulator.odom_from_ego)
             for k in range(count):
-                for frame in next(intervals):
-                    writer.add(frame)
+                for frame, truth in next(intervals):
+                    writer.add(frame, truth)
                 advance(f"{split} {scene}, second {k / 2:.1f}")

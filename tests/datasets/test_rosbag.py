@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import builders
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,19 @@ from perception.datasets.rosbag import Rosbag, RosbagConfig, RosbagWriter
 from perception.datasets.rosbag_file import BagFile, Logged, read_header, typestore
 from perception.errors import ConfigError, DataError, PerceptionError
 from perception.frames import FrameError
-from perception.types import CameraImage, Dataset, Gnss, Imu, Odometry, PointCloud, Pose, Sample
+from perception.types import (
+    CameraImage,
+    Dataset,
+    Gnss,
+    Imu,
+    OccupancyGrid3D,
+    Odometry,
+    PointCloud,
+    Pose,
+    Sample,
+    Truth,
+    VoxelGrid,
+)
 
 START_NS = 1_532_402_927_647_951_123
 PERIOD_NS = 100_000_000
@@ -774,3 +787,27 @@ def test_an_imu_on_its_side_is_turned_into_ego(mcap, tmp_path):
     dataset = opened(edited(mcap, tmp_path / "bag", turned))
     x, y, z = sample(2).imu.linear_acceleration.T
     np.testing.assert_allclose(dataset[2].imu.linear_acceleration, np.stack([-z, y, x], 1))
+
+
+def test_truth_lies_beside_the_bag(tmp_path):
+    stamp = START_NS
+    label = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    grid = VoxelGrid((-1.0, 2.0, 0.5), (0.4, 0.4, 0.2), (2, 3, 4), drive(START_NS))
+    voxels = OccupancyGrid3D(grid, label, tuple(f"c{i}" for i in range(24)), 17, stamp)
+    with RosbagWriter(tmp_path / "drive") as writer:
+        writer.start(drive)
+        writer.add(sample(0), Truth(builders.boxes(stamp, (1.0, 2.0)), voxels))
+        writer.add(sample(1))
+    bag = opened(tmp_path / "drive")
+    first, second = bag.truth(0), bag.truth(1)
+    for name in ("center", "size", "yaw", "velocity", "score", "label", "num_points"):
+        np.testing.assert_array_equal(getattr(first.boxes, name), getattr(builders.boxes(stamp, (1.0, 2.0)), name))
+    assert first.boxes.classes == builders.CLASSES and first.boxes.stamp_ns == stamp
+    assert first.occupancy.free_label == 17 and first.occupancy.classes[23] == "c23"
+    np.testing.assert_array_equal(first.occupancy.label, label)
+    assert_same_pose(first.occupancy.grid.ego_from_grid, drive(START_NS), 0)
+    assert_same_pose(first.map_from_ego, drive(START_NS), 1e-3)
+    assert second.boxes is None and second.map_from_ego is not None
+    (tmp_path / "drive" / "truth" / f"{stamp}.npz").write_bytes(b"PK\3\4 cut off")
+    with pytest.raises(DataError, match=rf"{stamp}.npz: not a truth file.*\n  write the bag again"):
+        bag.truth(0)

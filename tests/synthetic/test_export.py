@@ -164,3 +164,8 @@ def test_a_bag_holds_every_sensor_and_what_the_vehicle_says_of_itself(tmp_path):
     np.testing.assert_allclose(
         bag.truth(len(bag) - 1).map_from_ego.matrix, city.truth(0).map_from_ego.matrix, atol=1e-6
     )
+    for i in range(len(bag)):
+        assert bag.truth(i).boxes.stamp_ns == bag[i].stamp_ns and len(bag.truth(i).boxes) > 5
+    beside, true = bag.truth(len(bag) - 1), city.truth(0)
+    np.testing.assert_array_equal(beside.occupancy.label, true.occupancy.label)
+    np.testing.assert_allclose(beside.boxes.center, true.boxes.center)
