@@ -230,12 +230,14 @@ class CameraImage:
         intrinsic: (3, 3) float64 pinhole matrix in pixels, of the rectified image.
         ego_from_camera: maps camera (optical frame) coordinates into ego at the sample's stamp.
         stamp_ns: time of exposure.
+        valid_size: (width, height) of the part of `rgb`, from its top left, that the camera saw; None is all of it.
     """
 
     rgb: Array
     intrinsic: Array
     ego_from_camera: Pose
     stamp_ns: int
+    valid_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _check("CameraImage.rgb", self.rgb, ("H", "W", 3), np.uint8)
@@ -246,6 +248,9 @@ class CameraImage:
                 f"CameraImage.intrinsic: expected positive focal lengths and last row (0, 0, 1), got {k.tolist()}"
             )
         _check_stamp("CameraImage.stamp_ns", self.stamp_ns)
+        height, width = self.rgb.shape[:2]
+        if self.valid_size is not None and not (0 < self.valid_size[0] <= width and 0 < self.valid_size[1] <= height):
+            raise ValueError(f"CameraImage.valid_size: {self.valid_size} of an image of {(width, height)}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

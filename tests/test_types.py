@@ -373,3 +373,11 @@ def test_defaults_are_empty_and_a_dataset_is_known_by_its_methods():
 
     assert isinstance(Two(), Dataset)
     assert not isinstance([], Dataset)
+
+
+def test_the_seen_part_of_an_image_lies_in_it():
+    rgb, k = np.zeros((4, 6, 3), np.uint8), np.array([[5.0, 0, 2], [0, 5.0, 1], [0, 0, 1]])
+    assert CameraImage(rgb, k, Pose.identity(), 0, valid_size=(6, 3)).valid_size == (6, 3)
+    for size in ((7, 4), (6, 5), (0, 4)):
+        with pytest.raises(ValueError, match=r"valid_size: .* of an image of \(6, 4\)"):
+            CameraImage(rgb, k, Pose.identity(), 0, valid_size=size)
