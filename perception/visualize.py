@@ -60,7 +60,7 @@ def color_of(name: str) -> tuple[int, int, int]:
     return int(255 * r), int(255 * g), int(255 * b)
 
 
-def _colors(classes: Sequence[str], label: Array) -> Array:
+def label_colors(classes: Sequence[str], label: Array) -> Array:
     """(..., 3) uint8 colours of labels; ignored ones are dark grey."""
     table = np.full((256, 3), 60, np.uint8)
     table[: len(classes)] = [color_of(name) for name in classes]
@@ -113,7 +113,7 @@ def draw_boxes(boxes: Boxes3D) -> Segments:
     front = corners[:, [0, 3, 4, 7]].mean(1)
     heading = np.stack([front, front + 0.35 * (front - boxes.center)], 1)[:, None]
     ends = np.concatenate([edges, heading], 1)  # (M, 13, 2, 3)
-    color = np.repeat(_colors(boxes.classes, boxes.label)[:, None], 13, 1)
+    color = np.repeat(label_colors(boxes.classes, boxes.label)[:, None], 13, 1)
     return Segments(ends.reshape(-1, 2, 3), color.reshape(-1, 3))
 
 
@@ -128,7 +128,7 @@ def draw_velocities(boxes: Boxes3D) -> Segments:
 def draw_occupancy(occupancy: OccupancyGrid3D) -> Voxels:
     """The occupied voxels."""
     index = np.argwhere(occupancy.occupied)
-    color = _colors(occupancy.classes, occupancy.label[tuple(index.T)])
+    color = label_colors(occupancy.classes, occupancy.label[tuple(index.T)])
     return Voxels(occupancy.grid.center(index), occupancy.grid.voxel_size, color, occupancy.grid.ego_from_grid)
 
 
@@ -316,7 +316,7 @@ def write_pictures(folder: Path, sample: Sample, truth: Truth | None) -> list[Pa
     segments = [draw_boxes(boxes), draw_velocities(boxes)] if boxes is not None else []
     written = [write_png(folder / "bev.png", render_bev(clouds + radars, segments))]
     if sample.cameras:
-        key = [_key_sweep(cloud) for cloud in sample.lidars.values()]
+        key = [key_sweep(cloud) for cloud in sample.lidars.values()]
         written.append(
             write_png(folder / "cameras.png", render_cameras(sample, [draw_points(c) for c in key], segments[:1]))
         )
@@ -325,6 +325,6 @@ def write_pictures(folder: Path, sample: Sample, truth: Truth | None) -> list[Pa
     return written
 
 
-def _key_sweep(cloud: PointCloud) -> PointCloud:
+def key_sweep(cloud: PointCloud) -> PointCloud:
     """The newest sweep of an accumulated cloud: older ones smear moving objects over an image."""
     return cloud.select(cloud.field("sweep") == 0) if "sweep" in cloud.fields else cloud
