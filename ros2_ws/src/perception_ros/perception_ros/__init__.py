@@ -1,0 +1,1 @@
+"""The ROS 2 skin of `perception`: the only place that imports rclpy."""
