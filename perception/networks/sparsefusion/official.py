@@ -1,7 +1,7 @@
 """The released checkpoints' keys and layouts, brought to ours.
 
-Each table maps the start of an official key, a regular expression, to the start of ours; the rest of the key stays. The
-first pattern that fits decides. Every official key is either mapped or dropped with a reason, an unknown one is refused.
+Each table maps the start of an official key, a regular expression, to the start of ours; the rest of the key stays.
+The first pattern that fits decides. Every official key is mapped, or dropped with a reason; an unknown one is refused.
 
 Layouts: linear, convolution and norm tensors are taken as they are. The kernels of sparse convolutions are (out, z, y,
 x, in) in checkpoints of spconv 2.2 and later, ours too; (z, y, x, in, out) in those of spconv 1 and mmdetection3d;
