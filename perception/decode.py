@@ -2,6 +2,9 @@
 
 PointCloud2 is `height` rows, `row_step` bytes apart, of `width` points, `point_step` bytes apart, with named numbers
 at offsets; Image is `height` rows, `step` bytes apart. Points with a non-finite number are dropped and counted.
+
+A radar may give range, azimuth and elevation (radar_msgs/RadarReturn: m, rad about +z, rad up) instead of x, y and z;
+RadarReturn's names of what it measures become ours.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ import numpy as np
 from pydantic import Field
 
 from perception.config import Config
-from perception.errors import DataError
+from perception.errors import DataError, PerceptionError
 from perception.rectify import CameraModel
 from perception.types import Array, PointCloud, Pose
 
 # sensor_msgs/PointField.datatype
 _DATATYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8"}
+
+# radar_msgs/RadarReturn's names -> PointCloud's.
+_POLAR = ("range", "azimuth", "elevation")
+_RADAR_NAMES = {"doppler_velocity": "radial_velocity", "amplitude": "power"}
 
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
@@ -51,6 +58,10 @@ _ENCODINGS: dict[str, tuple[int, int | None]] = {
 }
 
 
+JpegDecoder = Literal["opencv", "simplejpeg"]
+_JPEG_MAGIC = b"\xff\xd8"
+
+
 class PointTime(Config):
     """Which field holds each point's time, where the usual names and units do not tell."""
 
@@ -67,6 +78,10 @@ class CloudFields(Config):
     """Our name -> the driver's, e.g. intensity: reflectivity."""
     time: PointTime | None = None
     """None: `time_offset`, `t`, `time`, `timestamp`, `offset_time` or `time_stamp`, the unit told by type and size."""
+    stamp_at: Literal["start", "end"] | None = None
+    """Which end of the sweep the header's stamp marks: the points' times are moved so that the first, or the last, is
+    at the stamp. None: the driver counts them from its stamp, wherever in the sweep that is.
+    """
 
 
 class DecodedCloud(NamedTuple):
@@ -109,8 +124,13 @@ def decode_cloud(
             raise _missing_field(where, theirs, ours, columns)
     kept = {name: values for name, values in columns.items() if name not in config.fields.values()}
     columns = {**kept, **{ours: columns[theirs] for ours, theirs in config.fields.items()}}
-    if (time := _time_offset(columns, config.time, stamp_ns(message.header), where)) is not None:
+    columns |= {
+        ours: columns.pop(name) for name, ours in _RADAR_NAMES.items() if name in columns and ours not in columns
+    }
+    if (time := _time_offset(columns, config, stamp_ns(message.header), where)) is not None:
         columns["time_offset"] = time
+    if "x" not in columns and all(name in columns for name in _POLAR):
+        _to_cartesian(columns)
     for name in ("x", "y", "z", *needed):
         if name not in columns:
             raise _missing_field(where, name, name, columns)
@@ -166,8 +186,16 @@ def _points(message: Any, where: str) -> Array:
     return np.ndarray((height, width), dtype, data, strides=(row_step, step)).reshape(-1)
 
 
-def _time_offset(columns: dict[str, Array], time: PointTime | None, stamp: int, where: str) -> Array | None:
+def _to_cartesian(columns: dict[str, Array]) -> None:
+    """x, y, z in place of range, azimuth and elevation."""
+    distance, azimuth, elevation = (columns.pop(name).astype(np.float64) for name in _POLAR)
+    flat = distance * np.cos(elevation)
+    columns |= {"x": flat * np.cos(azimuth), "y": flat * np.sin(azimuth), "z": distance * np.sin(elevation)}
+
+
+def _time_offset(columns: dict[str, Array], config: CloudFields, stamp: int, where: str) -> Array | None:
     """Seconds (N,) float32 since the stamp, its field taken out of the columns; None where points carry no time."""
+    time = config.time
     name = time.field if time else next((n for n in _TIME_FIELDS if n in columns), None)
     if name is None:
         return None
@@ -187,6 +215,9 @@ def _time_offset(columns: dict[str, Array], time: PointTime | None, stamp: int, 
         else:
             seconds = values
         finite = seconds[np.isfinite(seconds)]
+        if config.stamp_at and len(finite):
+            seconds = seconds - (finite.min() if config.stamp_at == "start" else finite.max())
+            finite = seconds[np.isfinite(seconds)]
     if len(finite) and max(abs(finite.min()), abs(finite.max())) > _LONGEST_SWEEP_S:
         raise DataError(
             f"{where}: point times in {name!r} run from {finite.min():.6g} to {finite.max():.6g} s about the stamp",
@@ -239,11 +270,17 @@ def decode_image(message: Any, where: str = "Image") -> Array:
     return cv2.cvtColor(np.ascontiguousarray(pixels), conversion)
 
 
-def decode_compressed_image(message: Any, where: str = "CompressedImage") -> Array:
+def decode_compressed_image(message: Any, where: str = "CompressedImage", jpeg: JpegDecoder = "opencv") -> Array:
     """A sensor_msgs/CompressedImage (JPEG, PNG, ...) -> (H, W, 3) uint8 RGB, never turned by an EXIF flag.
+
+    Args:
+        message: anything with CompressedImage's attributes.
+        where: names the message in errors; its topic.
+        jpeg: what decodes a JPEG; both give the same pixels.
 
     Raises:
         DataError: a depth or 16-bit image, or bytes that do not decode.
+        PerceptionError: the decoder asked for is not installed.
     """
     encoding = message.format.partition(";")[0].strip()
     if "compressedDepth" in message.format or encoding in ("16UC1", "32FC1", "mono16"):
@@ -251,14 +288,33 @@ def decode_compressed_image(message: Any, where: str = "CompressedImage") -> Arr
             f"{where}: format {message.format!r} is no 8-bit colour image", "subscribe to the colour image's topic"
         )
     data = np.frombuffer(message.data, np.uint8) if len(message.data) else np.zeros(0, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if len(data) else None
+    if jpeg == "simplejpeg" and data[:2].tobytes() == _JPEG_MAGIC:
+        image = _simplejpeg(data)
+    else:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION) if len(data) else None
     if image is None:
         raise DataError(
             f"{where}: {len(data)} bytes of format {message.format!r}, beginning {data[:8].tobytes().hex(' ')!r}, "
             "do not decode",
             "the image was cut off or is of another format: check the transport and the driver",
         )
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
+
+
+def _simplejpeg(data: Array) -> Array | None:
+    """The image in JPEG bytes; None where they do not decode."""
+    try:
+        import simplejpeg
+    except ImportError as error:
+        raise PerceptionError(
+            "simplejpeg is not installed; the vehicle's `jpeg` asks for it",
+            "pip install 'perception[jpeg]', or set jpeg: opencv",
+        ) from error
+    try:
+        image: Array = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError:
+        return None
+    return image
 
 
 def decode_camera_info(

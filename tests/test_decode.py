@@ -259,6 +259,31 @@ def test_point_times_far_from_the_stamp_are_refused():
         decode(message, where="/points")
 
 
+def test_the_stamp_marks_the_start_or_the_end_of_the_sweep():
+    points = np.zeros(3, [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("t", "<u4")])
+    points["t"] = [20_000_000, 0, 100_000_000]
+
+    def offset(**keys):
+        return decode_cloud(cloud(points), Pose.identity(), CloudFields(**keys)).cloud.field("time_offset")
+
+    np.testing.assert_allclose(offset(), [0.02, 0, 0.1], atol=1e-8)
+    np.testing.assert_allclose(offset(stamp_at="start"), [0.02, 0, 0.1], atol=1e-8)
+    np.testing.assert_allclose(offset(stamp_at="end"), [-0.08, -0.1, 0], atol=1e-8)
+    points["t"] += 2_000_000_000  # a clock of its own
+    np.testing.assert_allclose(offset(stamp_at="end"), [-0.08, -0.1, 0], atol=1e-8)
+    with pytest.raises(DataError, match=r"point times in 't' run from 2 to 2\.1 s"):
+        offset()
+
+
+def test_a_radar_in_polar_coordinates_with_radar_msgs_names():
+    names = ("range", "azimuth", "elevation", "doppler_velocity", "amplitude")
+    points = np.array([(10, 0, 0, -3, 7), (2, np.pi / 2, np.pi / 6, 1, 9)], [(n, "<f4") for n in names])
+    found = decode_cloud(cloud(points), Pose.identity(), needed=("radial_velocity",)).cloud
+    np.testing.assert_allclose(found.xyz, [[10, 0, 0], [0, 3**0.5, 1]], atol=1e-6)
+    assert found.field("radial_velocity").tolist() == [-3, 1] and found.field("power").tolist() == [7, 9]
+    assert set(found.fields) == {"radial_velocity", "power"}
+
+
 def test_real_message_classes_decode_too():
     stores = pytest.importorskip("rosbags.typesys", reason="rosbags (extra: bag) is not installed")
     types = stores.get_typestore(stores.Stores.ROS2_HUMBLE).types
@@ -369,6 +394,21 @@ def test_jpeg_and_png():
     got = decode_compressed_image(compressed("jpeg", ".jpg"))
     np.testing.assert_allclose(got.astype(int), SMOOTH.astype(int), atol=12)
     assert got.shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize("color", [True, False])
+def test_both_jpeg_decoders_give_the_same_pixels(color):
+    pytest.importorskip("simplejpeg", reason="extra jpeg is not installed")
+    image = np.random.default_rng(1).integers(0, 255, (45, 80, 3), np.uint8)
+    image = cv2.GaussianBlur(image, (0, 0), 3) if color else image[..., 0]
+    data = cv2.imencode(".jpg", image)[1].tobytes()
+    fast, plain = (
+        decode_compressed_image(SimpleNamespace(format="jpeg", data=data), jpeg=decoder)
+        for decoder in ("simplejpeg", "opencv")
+    )
+    np.testing.assert_array_equal(fast, plain)
+    with pytest.raises(DataError, match="do not decode"):
+        decode_compressed_image(SimpleNamespace(format="jpeg", data=data[:40]), jpeg="simplejpeg")
 
 
 def test_exif_does_not_turn_the_image():
