@@ -12,6 +12,7 @@ its length (uint32) and its elements; without elements nothing is padded. An arr
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class CdrWriter:
         self.numbers("I", len(values))
         self.array(values)
 
+    def block(self, encoded: bytes) -> None:
+        """Fields of at most four bytes each, encoded by `block_of`: what repeats in a message is encoded once."""
+        self._align(4)
+        self._append(encoded)
+
     def finish(self) -> bytes:
         """The complete message."""
         return b"".join(self._parts)
@@ -66,6 +72,13 @@ class CdrWriter:
     def _append(self, part: bytes | memoryview) -> None:
         self._parts.append(part)
         self._size += len(part)
+
+
+def block_of(fill: Callable[[CdrWriter], None]) -> bytes:
+    """The bytes of the fields that `fill` writes, none wider than four bytes, for `CdrWriter.block`."""
+    out = CdrWriter()
+    fill(out)
+    return out.finish()[len(ENCAPSULATION) :]
 
 
 def begin(header: Header) -> CdrWriter:

@@ -15,7 +15,7 @@ import numpy as np
 
 from perception.datasets.rosbag_file import Header
 from perception.types import Array, Boxes3D
-from perception_ros.cdr import CdrWriter, begin, put_header
+from perception_ros.cdr import CdrWriter, begin, block_of, put_header
 
 AUTOWARE_LABELS = {
     "car": 1,
@@ -58,12 +58,13 @@ def detections(boxes: Boxes3D, header: Header) -> bytes:
 def vision_detections(boxes: Boxes3D, header: Header) -> bytes:
     """vision_msgs/Detection3DArray (Humble and later): one hypothesis a box, its pose that of the box."""
     out = begin(header)
+    same_header = block_of(lambda part: put_header(part, header))
     out.numbers("I", len(boxes))
     tracks = boxes.track_id if boxes.track_id is not None else np.full(len(boxes), "")
     for track, label, score, pose, size in zip(
         tracks, boxes.label, boxes.score, _poses(boxes), boxes.size, strict=True
     ):
-        put_header(out, header)
+        out.block(same_header)
         out.numbers("I", 1)  # results
         out.string(boxes.classes[label])
         out.numbers("d", score, *pose)

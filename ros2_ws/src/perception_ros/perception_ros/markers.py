@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
 from perception.datasets.rosbag_file import Header
 from perception.types import Array, Boxes3D
-from perception.visualize import color_of, draw_boxes, draw_velocities
-from perception_ros.cdr import CdrWriter, put_header, put_time
+from perception.visualize import draw_boxes, draw_velocities, label_colors
+from perception_ros.cdr import CdrWriter, block_of, put_header, put_time
 
 LIFETIME_S = 1.0
-_WHITE = (1.0, 1.0, 1.0, 1.0)
 _NO_TURN = (0.0, 0.0, 0.0, 1.0)
 _NO_POINTS = np.zeros((0, 3))
 
@@ -45,60 +45,87 @@ def markers(boxes: Boxes3D, header: Header, lifetime_s: float = LIFETIME_S) -> b
     out = CdrWriter()
     out.numbers("I", 2 + len(arrows) + len(boxes) if len(boxes) else 1)
     lifetime_ns = round(lifetime_s * 1e9)
-    _put(out, header, "", 0, 0, _DELETE_ALL)
+    _put(out, _Look(_start(header, ""), _Type.ARROW, (0.0, 0.0, 0.0), 0), 0, _DELETE_ALL)
     if not len(boxes):
         return out.finish()
     edges = draw_boxes(boxes)
     color = np.repeat(_rgba(edges.color), 2, 0)  # a colour a vertex
-    ends = edges.ends.reshape(-1, 3)
-    _put(out, header, "boxes", 0, _Type.LINE_LIST, scale=(0.08, 0, 0), points=ends, colors=color, life_ns=lifetime_ns)
+    look = _Look(_start(header, "boxes"), _Type.LINE_LIST, (0.08, 0.0, 0.0), lifetime_ns)
+    _put(out, look, 0, points=edges.ends.reshape(-1, 3), colors=color)
+    # Of an arrow between two points: the shaft's diameter, the head's diameter and length.
+    look = _Look(_start(header, "velocities"), _Type.ARROW, (0.12, 0.35, 0.5), lifetime_ns)
     for i, arrow in enumerate(arrows):
-        # Of an arrow between two points: the shaft's diameter, the head's diameter and length.
-        _put(out, header, "velocities", i, _Type.ARROW, scale=(0.12, 0.35, 0.5), points=arrow, life_ns=lifetime_ns)
+        _put(out, look, i, points=arrow)
+    look = _Look(_start(header, "labels"), _Type.TEXT_VIEW_FACING, (0.0, 0.0, 0.7), lifetime_ns)
     tops = boxes.center + [0.0, 0.0, 1.0] * (boxes.size[:, 2:] / 2 + 0.5)
-    for i, (top, label, score) in enumerate(zip(tops, boxes.label, boxes.score, strict=True)):
-        name = boxes.classes[label]
-        look = {"position": top, "scale": (0, 0, 0.7), "color": _rgba(np.array([color_of(name)]))[0]}
-        _put(out, header, "labels", i, _Type.TEXT_VIEW_FACING, text=f"{name} {score:.2f}", life_ns=lifetime_ns, **look)
+    rgba = _rgba(label_colors(boxes.classes, boxes.label))
+    for i, (top, label, score) in enumerate(zip(tops.tolist(), boxes.label, boxes.score, strict=True)):
+        _put(out, look, i, position=top, color=rgba[i].tolist(), text=f"{boxes.classes[label]} {score:.2f}")
     return out.finish()
+
+
+class _Look(NamedTuple):
+    """What the markers of one namespace share."""
+
+    start: bytes
+    kind: _Type
+    scale: tuple[float, float, float]
+    lifetime_ns: int
+
+
+def _start(header: Header, namespace: str) -> bytes:
+    """A marker's first fields."""
+
+    def fill(out: CdrWriter) -> None:
+        put_header(out, header)
+        out.string(namespace)
+
+    return block_of(fill)
 
 
 def _put(
     out: CdrWriter,
-    header: Header,
-    namespace: str,
+    look: _Look,
     number: int,
-    kind: int,
     action: int = _ADD,
     *,
-    position: Sequence[float] | Array = (0.0, 0.0, 0.0),
-    scale: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    color: Sequence[float] | Array = _WHITE,
-    life_ns: int = 0,
+    position: Sequence[float] = (0.0, 0.0, 0.0),
+    color: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     points: Array = _NO_POINTS,
     colors: Array = _NO_POINTS,
     text: str = "",
 ) -> None:
     """One visualization_msgs/Marker; the fields in the order of its definition."""
-    put_header(out, header)
-    out.string(namespace)
-    out.numbers("i", number, kind, action)
-    out.numbers("d", *position, *_NO_TURN, *scale)
+    out.block(look.start)
+    out.numbers("i", number, look.kind, action)
+    out.numbers("d", *position, *_NO_TURN, *look.scale)
     out.numbers("f", *color)
-    put_time(out, life_ns)
+    put_time(out, look.lifetime_ns)
     out.numbers("?", False)  # frame_locked
     out.sequence(points)
     out.sequence(colors)
-    out.string("")  # texture_resource
-    put_header(out, Header(0, ""))  # texture: an empty CompressedImage
+    out.block(_NO_TEXTURE)
+    out.string(text)
+    out.block(_NO_MESH)
+
+
+def _fill_no_texture(out: CdrWriter) -> None:
+    """texture_resource, texture (a CompressedImage), uv_coordinates."""
+    out.string("")
+    put_header(out, Header(0, ""))
+    out.string("")
+    out.numbers("I", 0, 0)
+
+
+def _fill_no_mesh(out: CdrWriter) -> None:
+    """mesh_resource, mesh_file (its name and data), mesh_use_embedded_materials."""
+    out.string("")
     out.string("")
     out.numbers("I", 0)
-    out.numbers("I", 0)  # uv_coordinates
-    out.string(text)
-    out.string("")  # mesh_resource
-    out.string("")  # mesh_file
-    out.numbers("I", 0)
-    out.numbers("?", False)  # mesh_use_embedded_materials
+    out.numbers("?", False)
+
+
+_NO_TEXTURE, _NO_MESH = block_of(_fill_no_texture), block_of(_fill_no_mesh)
 
 
 def _rgba(color: Array) -> Array:
