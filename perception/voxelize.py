@@ -8,6 +8,7 @@ Voxel indices are [x, y, z] as everywhere here; mmdet3d's coordinates (z, y, x) 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -42,7 +43,7 @@ class HardVoxels(Generic[A]):
     index: (V, 3) int64 [x, y, z], in order of each voxel's first point.
     count: (V,) int64 points kept, 1 to P.
     outside: points outside the grid.
-    points_dropped: points beyond the first P of a voxel that was kept.
+    points_dropped: points of voxels that were kept, beyond the first P or after the stop.
     voxels_dropped: voxels beyond the cap, and their points with them.
     """
 
@@ -71,17 +72,21 @@ def mean_voxels(points: A, grid: VoxelGrid) -> MeanVoxels[A]:
     return MeanVoxels(*(_like(points, t) for t in (features, _unravel(groups.key, grid), count, voxel_of_point)))
 
 
-def hard_voxels(points: A, grid: VoxelGrid, max_points: int, max_voxels: int) -> HardVoxels[A]:
+def hard_voxels(
+    points: A, grid: VoxelGrid, max_points: int, max_voxels: int, *, stop_when_full: bool = False
+) -> HardVoxels[A]:
     """The first `max_points` points, in order, of each of the first `max_voxels` voxels in order of appearance.
 
     These are mmdet3d's deterministic hard voxels bit for bit: a point in a voxel beyond the cap is dropped, while a
-    later point in a voxel kept still enters it.
+    later point in a voxel kept still enters it. With CUDA points the host waits for the device once.
 
     Args:
         points: (N, C) float; columns 0 to 2 are x, y, z in the grid's frame.
         grid: where and how large the voxels are.
         max_points: at least 1.
         max_voxels: at least 1.
+        stop_when_full: the first point that would open a voxel beyond the cap ends it all, as in the kernels of
+            mmdet3d before 1.0: no later point enters a voxel kept either.
 
     Raises:
         ValueError: `points` is not a float array (N, C >= 3), or a limit is below 1.
@@ -89,24 +94,37 @@ def hard_voxels(points: A, grid: VoxelGrid, max_points: int, max_voxels: int) ->
     if max_points < 1 or max_voxels < 1:
         raise ValueError(f"hard_voxels: max_points {max_points} and max_voxels {max_voxels} must be at least 1")
     tensor = _tensor(points)
-    groups = _group(tensor, grid)
-    appearance = torch.argsort(groups.order[groups.start])
-    row_of_voxel = torch.empty_like(appearance)
-    row_of_voxel[appearance] = torch.arange(len(appearance), device=tensor.device)
-    row = row_of_voxel[groups.voxel]  # (inside,) output row of each point, in sorted order
-    slot = torch.arange(len(groups.order), device=tensor.device) - groups.start[groups.voxel]
-    kept_voxels = appearance[:max_voxels]
-    keep = (slot < max_points) & (row < max_voxels)
-    voxels = tensor.new_zeros((len(kept_voxels), max_points, tensor.shape[1]))
-    voxels[row[keep], slot[keep]] = tensor[groups.order[keep]]
-    full = groups.count[kept_voxels]
+    # Tensors as long as the points until the last step: only the number of voxels has to be known on the host.
+    key, order = torch.sort(_keys(tensor, grid), stable=True)
+    inside = key < math.prod(grid.shape)
+    begins = inside.clone()
+    begins[1:] &= key[1:] != key[:-1]
+    place = torch.arange(len(key), device=key.device)
+    start = torch.where(begins, place, 0).cummax(0).values
+    opened = torch.empty_like(key).scatter_(0, order, begins.long()).cumsum(0)  # voxels up to each point, in its order
+    row = opened[order[start]] - 1  # (N,) output row of each point, in sorted order
+    of_kept = inside & (row < max_voxels)
+    keep = of_kept & (place - start < max_points)
+    if stop_when_full:
+        keep &= opened[order] <= max_voxels
+    num_inside, num_of_kept, num_kept, found = torch.stack(
+        [inside.sum(), of_kept.sum(), keep.sum(), begins.sum()]
+    ).tolist()
+    num_voxels = min(found, max_voxels)
+    # One row more than there are voxels takes what is not kept.
+    voxel = torch.where(keep, row, num_voxels)
+    slots = tensor.new_zeros((num_voxels + 1, max_points, tensor.shape[1]))
+    slots[voxel, torch.where(keep, place - start, 0)] = tensor[order]
+    keys, count = key.new_zeros((2, num_voxels + 1))
+    keys[torch.where(begins & of_kept, row, num_voxels)] = key
+    count.scatter_add_(0, voxel, keep.long())
     return HardVoxels(
-        _like(points, voxels),
-        _like(points, _unravel(groups.key[kept_voxels], grid)),
-        _like(points, full.clamp(max=max_points)),
-        outside=len(tensor) - len(groups.order),
-        points_dropped=int((full - max_points).clamp(min=0).sum()),
-        voxels_dropped=len(appearance) - len(kept_voxels),
+        _like(points, slots[:num_voxels]),
+        _like(points, _unravel(keys[:num_voxels], grid)),
+        _like(points, count[:num_voxels]),
+        outside=len(tensor) - num_inside,
+        points_dropped=num_of_kept - num_kept,
+        voxels_dropped=found - num_voxels,
     )
 
 
@@ -117,23 +135,30 @@ class _Groups:
     order: Tensor  # (inside,) index into the points
     voxel: Tensor  # (inside,) which voxel, 0 to V - 1
     key: Tensor  # (V,) ascending linear index (x * Y + y) * Z + z
-    start: Tensor  # (V,) where in `order` each voxel begins
     count: Tensor  # (V,)
 
 
 def _group(points: Tensor, grid: VoxelGrid) -> _Groups:
+    keys = _keys(points, grid)
+    inside = torch.nonzero(keys < math.prod(grid.shape))[:, 0]
+    keys, order = torch.sort(keys[inside], stable=True)
+    key, voxel, count = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    return _Groups(inside[order], voxel, key, count)
+
+
+def _keys(points: Tensor, grid: VoxelGrid) -> Tensor:
+    """(N,) int64 linear index (x * Y + y) * Z + z of each point's voxel; X * Y * Z outside the grid."""
     # min and size are tensors on the device: CUDA would multiply by the reciprocal of a scalar and round differently.
-    corner = torch.tensor(grid.min_corner, dtype=points.dtype, device=points.device)
-    size = torch.tensor(grid.voxel_size, dtype=points.dtype, device=points.device)
-    shape = torch.tensor(grid.shape, device=points.device)
+    # They are filled there: a copy would make the host wait.
+    corner, size = (
+        torch.stack([points.new_full((), v) for v in values]) for values in (grid.min_corner, grid.voxel_size)
+    )
     cell = torch.floor((points[:, :3] - corner) / size)
     # Tested as floats: a far or non-finite value would wrap around when cast.
-    inside = torch.nonzero(((cell >= 0) & (cell < shape)).all(1))[:, 0]
-    cell = cell[inside].long()
-    keys = (cell[:, 0] * grid.shape[1] + cell[:, 1]) * grid.shape[2] + cell[:, 2]  # int64: grids of 2^31 voxels fit
-    keys, order = torch.sort(keys, stable=True)
-    key, voxel, count = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-    return _Groups(inside[order], voxel, key, count.cumsum(0) - count, count)
+    inside = torch.stack([(cell[:, i] >= 0) & (cell[:, i] < n) for i, n in enumerate(grid.shape)]).all(0)
+    x, y, z = torch.where(inside[:, None], cell, 0).long().unbind(1)
+    keys = (x * grid.shape[1] + y) * grid.shape[2] + z  # int64: grids of 2^31 voxels fit
+    return torch.where(inside, keys, math.prod(grid.shape))
 
 
 def _unravel(key: Tensor, grid: VoxelGrid) -> Tensor:

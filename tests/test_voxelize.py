@@ -27,7 +27,7 @@ def cell_of(point: np.ndarray, grid: VoxelGrid) -> tuple[int, ...] | None:
     return tuple(cell)
 
 
-def hard_by_loop(points: np.ndarray, grid: VoxelGrid, max_points: int, max_voxels: int):
+def hard_by_loop(points: np.ndarray, grid: VoxelGrid, max_points: int, max_voxels: int, stop_when_full: bool = False):
     """mmdet3d's sequential definition: visit the points in order."""
     voxels: dict[tuple[int, ...], list[np.ndarray]] = {}
     refused: set[tuple[int, ...]] = set()
@@ -38,7 +38,7 @@ def hard_by_loop(points: np.ndarray, grid: VoxelGrid, max_points: int, max_voxel
             outside += 1
         elif cell not in voxels and len(voxels) == max_voxels:
             refused.add(cell)
-        elif len(voxels.setdefault(cell, [])) == max_points:
+        elif len(voxels.setdefault(cell, [])) == max_points or (refused and stop_when_full):
             dropped += 1
         else:
             voxels[cell].append(point)
@@ -68,12 +68,14 @@ def assert_hard_equal(got, expected) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 300), st.integers(0, 1000), st.integers(1, 5), st.integers(1, 150))
-def test_hard_voxels_are_those_of_the_sequential_loop(n, seed, max_points, max_voxels):
+@given(st.integers(0, 300), st.integers(0, 1000), st.integers(1, 5), st.integers(1, 150), st.booleans())
+def test_hard_voxels_are_those_of_the_sequential_loop(n, seed, max_points, max_voxels, stop):
     points = random_points(n, seed)
-    expected = hard_by_loop(points, GRID, max_points, max_voxels)
-    assert_hard_equal(hard_voxels(points, GRID, max_points, max_voxels), expected)
-    assert_hard_equal(hard_voxels(torch.from_numpy(points), GRID, max_points, max_voxels), expected)
+    expected = hard_by_loop(points, GRID, max_points, max_voxels, stop)
+    assert_hard_equal(hard_voxels(points, GRID, max_points, max_voxels, stop_when_full=stop), expected)
+    assert_hard_equal(
+        hard_voxels(torch.from_numpy(points), GRID, max_points, max_voxels, stop_when_full=stop), expected
+    )
 
 
 def test_hard_voxels_of_four_points():
