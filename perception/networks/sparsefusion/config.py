@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from perception.config import Config
+from perception.types import Pose
 
 CLASSES = (
     "car", "truck", "construction_vehicle", "bus", "trailer",
@@ -73,6 +75,17 @@ class ImageConfig(Config):
     neck_channels: int = 256
 
 
+class Mounting(Config):
+    """Where the network's frame (x right, y forward, z up) is on the vehicle; by default as nuScenes' LIDAR_TOP."""
+
+    translation_m: tuple[float, float, float] = (0.94, 0.0, 1.84)
+    yaw_rad: float = -math.pi / 2
+
+    @property
+    def ego_from_network(self) -> Pose:
+        return Pose.from_yaw(self.yaw_rad, self.translation_m)
+
+
 class SparseFusionConfig(Config):
     """SparseFusion; see LidarConfig and ImageConfig for the two branches."""
 
@@ -83,6 +96,9 @@ class SparseFusionConfig(Config):
     """`lidar` and `camera` are the ablations: each detector alone, without any transfer."""
     classes: tuple[str, ...] = CLASSES
     cameras: tuple[str, ...] = CAMERAS
+    mounting: Mounting | None = None
+    """None: the network's frame is the LiDAR's own, as official evaluation has it (with modality `camera`, that of the
+    default mounting). A rig whose LiDAR sits or is turned otherwise names the place where nuScenes' would be."""
     lidar: LidarConfig = LidarConfig()
     image: ImageConfig = ImageConfig()
     sweeps: int = Field(11, ge=1)
@@ -105,5 +121,7 @@ class SparseFusionConfig(Config):
     """Classes whose LiDAR heatmap keeps all its values, not the local maxima alone."""
     center_range_m: tuple[float, float, float, float, float, float] = (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)
     """Boxes with their centre (at the bottom face) outside are dropped."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of predictions on a GPU, by autocast; what is sensitive stays float32."""
     score_threshold: float = Field(0.0, ge=0, le=1)
     """Boxes below are dropped."""
