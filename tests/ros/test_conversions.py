@@ -22,6 +22,7 @@ pytest.importorskip("perception_ros", reason="ros2_ws/src/perception_ros is not 
 from builders import EGO_FROM_LIDAR, camera, cloud
 from perception_ros import detections, localization, markers, occupancy, overlay
 from perception_ros.cdr import CdrWriter
+from perception_ros.interfaces import add_package
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from perception.datasets.rosbag_file import Header
@@ -29,6 +30,7 @@ from perception.errors import DataError
 from perception.types import IGNORE_LABEL, Boxes3D, Localization, OccupancyGrid3D, Odometry, Pose, Sample, VoxelGrid
 from perception.visualize import color_of
 
+pytestmark = pytest.mark.usefixtures("interfaces")
 WORKSPACE = Path(__file__).resolve().parents[2] / "ros2_ws" / "src"
 HEADER = Header(1_700_000_000_123_456_789, "base_link")
 
@@ -196,6 +198,16 @@ class TestDetections:
             assert found.kinematics.has_twist == known and found.kinematics.orientation_availability == 2
             np.testing.assert_allclose(along[:2], boxes.velocity[i] if known else 0.0, atol=1e-12)
             np.testing.assert_array_equal(vector(found.shape.dimensions), boxes.size[i])
+
+
+@pytest.mark.slow  # builds two packages, once
+def test_packages_that_are_not_installed_by_rclpy():
+    for package, texts in (("vision_msgs", VISION), ("autoware_perception_msgs", AUTOWARE)):
+        add_package(package, {name.rpartition("/")[2]: text for name, text in texts.items()})
+        import_module(f"{package}.msg")
+    boxes = some_boxes(9)
+    read(detections.vision_detections(boxes, HEADER), "vision_msgs/msg/Detection3DArray")
+    read(detections.autoware_objects(boxes, HEADER), "autoware_perception_msgs/msg/DetectedObjects")
 
 
 class TestMarkers:
