@@ -112,10 +112,13 @@ class Kit:
         """What the manifest says of an array: full_shape, absmax, f32_noise_max, sample_stride, ..."""
         return self.manifest[file][name]
 
-    def assert_close(self, file: str, name: str, value: Tensor, level: Level = "float64") -> None:
+    def assert_close(
+        self, file: str, name: str, value: Tensor, level: Level = "float64", rounding: float = 0.0
+    ) -> None:
         """`value` is the full array `name`: compared with whichever of NAME, NAME__sample, NAME__chstats is stored.
 
-        Integers and booleans must be identical.
+        Integers and booleans must be identical. `rounding` is added to what a value may differ by: the trace of inputs
+        that come rounded to float32 from the kit's files.
         """
         stored = [n for n in (name, f"{name}__sample", f"{name}__chstats") if n in self._arrays(file)]
         assert stored, f"{file}.npz has no {name}"
@@ -131,7 +134,7 @@ class Kit:
                 got = _channel_statistics(full, int(entry["chstats"].rpartition(" ")[2]))
             else:
                 got = full.numpy()
-            self._compare(f"{file}: {part}", got, want, entry, level, noisy=name.startswith("sem_"))
+            self._compare(f"{file}: {part}", got, want, entry, level, name.startswith("sem_"), rounding)
 
     def assert_sites_close(
         self, file: str, name: str, features: Tensor, indices: Tensor, level: Level = "float64"
@@ -146,10 +149,18 @@ class Kit:
         stride = entry["row_stride"]
         np.testing.assert_array_equal(at[::stride], self.array(file, f"{name}_rows_bzyx"))
         for part, got in (("rows_feat", rows[::stride].numpy()), ("chstats", _channel_statistics(rows, 1))):
-            self._compare(f"{file}: {name}_{part}", got, self.array(file, f"{name}_{part}"), entry, level, False)
+            self._compare(f"{file}: {name}_{part}", got, self.array(file, f"{name}_{part}"), entry, level)
 
     @staticmethod
-    def _compare(what: str, got: np.ndarray, want: np.ndarray, entry: dict, level: Level, noisy: bool) -> None:
+    def _compare(
+        what: str,
+        got: np.ndarray,
+        want: np.ndarray,
+        entry: dict,
+        level: Level,
+        noisy: bool = False,
+        rounding: float = 0,
+    ) -> None:
         if not np.issubdtype(want.dtype, np.floating):
             differing = int((got != want).sum())
             assert not differing, f"{what}: {differing} of {want.size} values differ"
@@ -157,11 +168,11 @@ class Kit:
         assert np.isfinite(got).all(), f"{what}: {int((~np.isfinite(got)).sum())} values are not finite"
         difference = np.abs(got.astype(np.float64) - want)
         if level == "float64":
-            allowed = 1e-6 * np.maximum(1, np.abs(want))
+            allowed = 1e-6 * np.maximum(1, np.abs(want)) + rounding
             outside = difference > allowed
         else:
             least = 3e-6 * entry["absmax"]
-            allowed = np.full(want.shape, max(5 * entry["f32_noise_max"], least))
+            allowed = np.full(want.shape, max(5 * entry["f32_noise_max"], least) + rounding)
             outside = difference > allowed
             if noisy and not what.endswith("__chstats"):  # cells near a camera's plane have no bound
                 allowed[:] = max(5 * entry["f32_noise_p999"], least)
