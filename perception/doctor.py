@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,7 +21,10 @@ ROS_PYTHON = {"humble": (3, 10), "iron": (3, 10), "jazzy": (3, 12), "kilted": (3
 """The interpreter each distribution's apt packages are built for."""
 
 SHM_NEEDED_BYTES = 256 * 2**20
-"""Free shared memory for the large-message profile; containers have 64 MiB unless told otherwise."""
+"""Free shared memory for DataLoader workers and large messages; containers have 64 MiB unless told otherwise."""
+
+PUBLISHING_PROCESSES = 3
+"""Sensors' drivers or a bag player, the node, RViz: each allocates one segment of the Fast DDS profile's size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,22 +192,40 @@ def _ros() -> list[Finding]:
 
 
 def _shared_memory() -> list[Finding]:
-    shm = Path("/dev/shm")  # noqa: S108 - the mount of POSIX shared memory, not a temporary file
+    profile = os.environ.get("FASTDDS_DEFAULT_PROFILES_FILE") or os.environ.get("FASTRTPS_DEFAULT_PROFILES_FILE")
+    return [shared_memory(Path(profile) if profile else None)]
+
+
+def shared_memory(profile: Path | None = None, shm: Path = Path("/dev/shm")) -> Finding:  # noqa: S108 - the mount itself
+    """Whether /dev/shm has room for the segments of a Fast DDS profile; the node and the launch files ask too.
+
+    Where it has not, Fast DDS falls back to UDP without a word to the application, and large messages get lost.
+
+    Args:
+        profile: an XML profile, as in configs/; None: room for DataLoader workers and large messages in general.
+        shm: the mount of POSIX shared memory.
+    """
+    name = "shared memory"
     if not shm.is_dir():
-        return [
-            Finding(
-                "shared memory",
-                "warn",
-                f"{shm} is absent: DataLoader workers and DDS fall back to slow paths",
-                "mount a tmpfs",
-            )
-        ]
+        absent = f"{shm} is absent: DataLoader workers and DDS fall back to slow paths"
+        return Finding(name, "warn", absent, "mount a tmpfs")
+    needed, user = SHM_NEEDED_BYTES, "large messages"
+    if profile is not None:
+        try:
+            sizes = re.findall(r"<segment_size>\s*(\d+)", profile.read_text(encoding="utf-8"))
+        except OSError as error:
+            fix = "set FASTDDS_DEFAULT_PROFILES_FILE to configs/fastdds_shm.xml, or unset it"
+            return Finding(name, "warn", f"the Fast DDS profile cannot be read: {error}", fix)
+        segment = max(map(int, sizes), default=0)
+        needed = PUBLISHING_PROCESSES * segment
+        user = f"{PUBLISHING_PROCESSES} segments of {segment / 2**20:.0f} MiB ({profile.name})"
     usage = shutil.disk_usage(shm)
     detail = f"{usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB free in {shm}"
-    if usage.free < SHM_NEEDED_BYTES:
-        fix = "in Docker: --shm-size=1g or --ipc=host; else remove leftovers with: fastdds shm clean"
-        return [Finding("shared memory", "warn", f"{detail}: large messages will be lost", fix)]
-    return [Finding("shared memory", "ok", detail)]
+    if usage.free >= needed:
+        return Finding(name, "ok", detail)
+    left = sum(path.stat().st_size for path in shm.glob("fastdds_*")) / 2**20
+    fix = f"in Docker: --shm-size=1g or --ipc=host; else remove leftovers ({left:.0f} MiB now) with: fastdds shm clean"
+    return Finding(name, "warn", f"{detail}, {user} need {needed / 2**20:.0f}: large messages will be lost", fix)
 
 
 def _nuscenes_devkit() -> list[Finding]:

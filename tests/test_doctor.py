@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
 from perception import doctor
 from perception.doctor import Finding, examine
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def named(findings, name) -> Finding:
@@ -68,11 +71,38 @@ def test_a_distribution_of_another_python_names_the_right_one(monkeypatch, distr
     )
 
 
-def test_small_shared_memory_warns_with_the_docker_flag(monkeypatch):
+@pytest.fixture
+def docker_shm(monkeypatch):
+    """Docker's 64 MiB."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(64 * 2**20, 0, 64 * 2**20))
+    monkeypatch.delenv("FASTDDS_DEFAULT_PROFILES_FILE", raising=False)
+    monkeypatch.delenv("FASTRTPS_DEFAULT_PROFILES_FILE", raising=False)
+
+
+def test_small_shared_memory_warns_with_the_docker_flag(docker_shm):
     found = named(doctor._shared_memory(), "shared memory")
     assert found.status == "warn" and "--shm-size=1g" in found.fix
+
+
+def test_what_a_fast_dds_profile_needs_is_told_from_its_segments(docker_shm, monkeypatch):
+    small, raw = (CONFIGS / name for name in ("fastdds_shm.xml", "fastdds_shm_raw.xml"))
+    assert doctor.shared_memory(small).status == "ok"  # the one for JPEG and LiDAR fits a container
+    found = doctor.shared_memory(raw)
+    assert found.status == "warn" and "3 segments of 256 MiB (fastdds_shm_raw.xml) need 768" in found.detail
+    monkeypatch.setenv("FASTRTPS_DEFAULT_PROFILES_FILE", str(raw))
+    assert named(doctor._shared_memory(), "shared memory") == found
+    monkeypatch.setenv("FASTDDS_DEFAULT_PROFILES_FILE", str(small))
+    assert named(doctor._shared_memory(), "shared memory").status == "ok"
+
+
+def test_a_profile_that_is_not_there_and_segments_left_behind_are_told(docker_shm, tmp_path):
+    found = doctor.shared_memory(tmp_path / "none.xml")
+    assert found.status == "warn" and "none.xml" in found.detail and "configs/fastdds_shm.xml" in found.fix
+    (tmp_path / "fastdds_0123").write_bytes(bytes(2**21))
+    found = doctor.shared_memory(CONFIGS / "fastdds_shm_raw.xml", tmp_path)
+    assert "leftovers (2 MiB now) with: fastdds shm clean" in found.fix
+    assert "absent" in doctor.shared_memory(None, tmp_path / "no").detail
 
 
 def test_open3d_without_libusb_names_the_package(monkeypatch):
