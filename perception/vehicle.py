@@ -1,26 +1,17 @@
-"""A vehicle's sensors by role, and the Sample that a set of their messages makes.
+"""A vehicle's configuration: its sensors by role, their topics, frames and timing.
 
-The live node and the bag reader are the two callers, so that what a bag shows is what the car sees. A sensor's channel
-(`lidar_top`, `radar_front`, `cam_front`) names it in the Synchronizer, where roles of different kinds would collide.
-Messages are taken by their attributes; no ROS is imported.
+A sensor's channel (`lidar_top`, `radar_front`, `cam_front`) names it in the Synchronizer, where roles of different
+kinds would collide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
 from pydantic import Field
 
 from perception.config import Config
-from perception.decode import CloudFields, decode_cloud, decode_compressed_image, decode_image, stamp_ns
-from perception.errors import ConfigError, DataError
-from perception.frames import FrameTree
-from perception.rectify import CameraModel
-from perception.sweeps import accumulate
+from perception.decode import CloudFields, JpegDecoder
+from perception.errors import ConfigError
 from perception.sync import SensorTiming, SyncConfig
-from perception.types import CameraImage, PointCloud, Pose, Sample
 
 INTENSITY_RANGE = 255.0
 """Every LiDAR's intensity comes out as 0 to this, nuScenes' range."""
@@ -38,12 +29,20 @@ class CloudSensor(SensorTiming, CloudFields):
     """Earlier sweeps reach no farther back than this."""
     intensity_max: float = Field(INTENSITY_RANGE, gt=0)
     """The driver's full scale of intensity."""
+    deskew: bool = False
+    """Move each point to where it would be seen at the stamp, by its own time; a network trained on raw sweeps, as
+    nuScenes' are, wants them raw.
+    """
 
 
 class CameraSensor(SensorTiming):
     """A camera that sends sensor_msgs/Image or CompressedImage."""
 
     topic: str
+    compressed: bool | None = None
+    """CompressedImage, not Image; None: told by `compressed` in the topic's last name."""
+    jpeg: JpegDecoder = "opencv"
+    """`simplejpeg` (extra `jpeg`) is a sixth faster and gives the same pixels."""
     info_topic: str | None = None
     """Its CameraInfo; None: `camera_info` beside the image's topic."""
     frame: str | None = None
@@ -52,6 +51,11 @@ class CameraSensor(SensorTiming):
     """The images are without distortion already; the intrinsic is CameraInfo's P."""
     balance: float = Field(0.0, ge=0, le=1)
     """How much of a fisheye's rim is kept, see `rectify`."""
+
+    @property
+    def is_compressed(self) -> bool:
+        last = self.topic.rpartition("/")[2]
+        return "compressed" in last if self.compressed is None else self.compressed
 
     @property
     def camera_info(self) -> str:
@@ -97,6 +101,10 @@ class VehicleConfig(Config):
     clock_jump_s: float = Field(1.0, gt=0)
     """A stamp that falls back by more begins a new epoch."""
 
+    def depth(self, sensor: CloudSensor | CameraSensor) -> int:
+        """How many of a sensor's messages a sample holds at most."""
+        return self.sweeps if isinstance(sensor, CloudSensor) else 1
+
     @property
     def sync(self) -> SyncConfig:
         """The synchroniser's configuration. Raises ConfigError for an anchor that is no sensor."""
@@ -111,93 +119,3 @@ class VehicleConfig(Config):
             for channel, sensor in channels.items()
         }
         return SyncConfig(anchor=anchor, sensors=timings, wait_s=self.wait_s, clock_jump_s=self.clock_jump_s)
-
-
-class Assembled(NamedTuple):
-    """A Sample, and how many points of each channel were dropped because a number was not finite."""
-
-    sample: Sample
-    dropped_nonfinite: dict[str, int]
-
-
-def ego_from_sensor(
-    config: VehicleConfig, frames: FrameTree, sample_stamp_ns: int, sensor_frame: str, sensor_stamp_ns: int
-) -> Pose:
-    """Sensor frame at its stamp -> ego at the sample's stamp, the motion between the two taken from odom.
-
-    Raises:
-        FrameError: a frame, or a stamp, that the tree does not know.
-    """
-    if sensor_stamp_ns == sample_stamp_ns:
-        return frames.lookup(config.base_frame, sensor_frame, sample_stamp_ns)
-    return frames.lookup_across(config.base_frame, sample_stamp_ns, sensor_frame, sensor_stamp_ns, config.odom_frame)
-
-
-def assemble(
-    config: VehicleConfig,
-    sample_stamp_ns: int,
-    messages: Mapping[str, Sequence[Any]],
-    frames: FrameTree,
-    cameras: Mapping[str, CameraModel],
-) -> Assembled:
-    """The Sample of one synchronised set: decoded, rectified, sweeps accumulated, everything in ego at its stamp.
-
-    Args:
-        config: the vehicle.
-        sample_stamp_ns: the anchor's stamp.
-        messages: channel -> its matched message, then earlier ones, newest first; of a camera only the first is used.
-        frames: transforms that cover all stamps.
-        cameras: camera channel -> its model.
-
-    Raises:
-        DataError: a message that contradicts its type, or lacks a field.
-        FrameError: as `ego_from_sensor`.
-    """
-    dropped: dict[str, int] = {}
-
-    def pose_of(sensor: CloudSensor | CameraSensor, message: Any) -> Pose:
-        frame = sensor.frame or message.header.frame_id.lstrip("/")
-        return ego_from_sensor(config, frames, sample_stamp_ns, frame, stamp_ns(message.header))
-
-    def clouds(kind: str, sensors: Mapping[str, CloudSensor]) -> dict[str, PointCloud]:
-        found = {}
-        for role, sensor in sensors.items():
-            channel, sweeps = f"{kind}_{role}", []
-            for message in messages.get(channel, ())[: config.sweeps]:
-                decoded = decode_cloud(message, pose_of(sensor, message), sensor, sensor.needed, sensor.topic)
-                dropped[channel] = dropped.get(channel, 0) + decoded.dropped_nonfinite
-                sweeps.append(_scaled(decoded.cloud, sensor.intensity_max))
-            if sweeps:
-                found[role] = accumulate(sweeps)
-        return found
-
-    images = {}
-    for role, camera in config.sensors.cameras.items():
-        for message in messages.get(f"cam_{role}", ())[:1]:
-            images[role] = _image(message, camera, cameras[f"cam_{role}"], pose_of(camera, message))
-    odom, base = config.odom_frame, config.base_frame
-    sample = Sample(
-        sample_stamp_ns,
-        clouds("lidar", config.sensors.lidars),
-        clouds("radar", config.sensors.radars),
-        images,
-        odom_from_ego=frames.lookup(odom, base, sample_stamp_ns) if odom in frames.frames and odom != base else None,
-    )
-    return Assembled(sample, dropped)
-
-
-def _scaled(cloud: PointCloud, intensity_max: float) -> PointCloud:
-    if intensity_max == INTENSITY_RANGE or "intensity" not in cloud.fields:
-        return cloud
-    scaled = (cloud.fields["intensity"].astype(np.float64) * (INTENSITY_RANGE / intensity_max)).astype(np.float32)
-    return PointCloud(cloud.xyz, {**cloud.fields, "intensity": scaled}, cloud.ego_from_sensor, cloud.stamp_ns)
-
-
-def _image(message: Any, sensor: CameraSensor, model: CameraModel, ego_from_camera: Pose) -> CameraImage:
-    compressed = hasattr(message, "format")  # CompressedImage has one, Image has an encoding
-    rgb = (decode_compressed_image if compressed else decode_image)(message, sensor.topic)
-    try:
-        rectified, intrinsic = model.rectify(rgb)
-    except DataError as error:
-        raise DataError(f"{sensor.topic}: {error.what}", error.do) from None
-    return CameraImage(rectified, intrinsic, ego_from_camera, stamp_ns(message.header))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from perception.assembly import assemble
 from perception.errors import ConfigError, DataError
 from perception.frames import FrameError, FrameTree
 from perception.rectify import CameraModel
 from perception.types import Pose
-from perception.vehicle import CameraSensor, VehicleConfig, assemble
+from perception.vehicle import CameraSensor, VehicleConfig
 
 MS = 1_000_000
 POINT = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("intensity", "<f4")])
@@ -130,3 +131,28 @@ def test_no_transform_is_an_error_never_identity(frames):
 def test_an_image_of_another_size_than_its_calibration_names_the_topic(frames):
     with pytest.raises(DataError, match=r"/eye/image_raw/compressed: image is 6x4 px, its camera model 8x4"):
         assemble(vehicle(), 0, {"cam_front": [image(0, width=6)]}, frames, MODEL)
+
+
+def test_points_are_put_where_the_stamp_would_see_them_on_request(frames):
+    points = np.array([(1, 0, 0, 0.1), (1, 0, 0, 0.0)], [(n, "<f4") for n in ("x", "y", "z", "time")])
+    message = cloud(500 * MS)
+    message.fields[3].name, message.data = "time", points.tobytes()
+    sensor = {"topic": "/points", "deskew": True}
+    sample, _ = assemble(vehicle(sensors={"lidars": {"top": sensor}}), 500 * MS, {"lidar_top": [message]}, frames, {})
+    np.testing.assert_allclose(sample.lidars["top"].xyz[:, 0], [1.1, 1.0], atol=1e-6)  # 0.1 s later, 0.1 m further on
+    assert "time_offset" not in sample.lidars["top"].fields
+    late = vehicle(sensors={"lidars": {"top": {**sensor, "stamp_at": "start"}}})
+    message.header = header(950 * MS, "lidar")
+    with pytest.raises(FrameError, match=r"'odom' -> 'base_link' is known from 0\.000 to 1\.000 s"):
+        assemble(late, 950 * MS, {"lidar_top": [message]}, frames, {})
+
+
+def test_an_image_without_calibration_is_an_error(frames):
+    with pytest.raises(DataError, match=r"compressed: no calibration for it yet\n  publish its CameraInfo on /eye/"):
+        assemble(vehicle(), 0, {"cam_front": [image(0)]}, frames, {})
+
+
+def test_the_topics_name_tells_a_compressed_image():
+    assert CameraSensor(topic="/cam_front/image_rect_compressed").is_compressed
+    assert CameraSensor(topic="/compressed/image_raw").is_compressed is False
+    assert CameraSensor(topic="/image", compressed=True).is_compressed

@@ -2,7 +2,7 @@
 
 Opening reads the bag once, headers only (`rosbag_index`); then a sample is read by the log times of its own messages,
 and nothing of the bag is kept in memory but stamps, transforms, calibrations, odometry, IMU and GNSS readings.
-Matching is the Synchronizer's, decoding `perception.vehicle`'s: the ones that the node uses.
+Matching is the Synchronizer's, decoding `perception.assembly`'s: the ones that the node uses.
 
 The truth is the pose in the map, where /tf has one, and the boxes and voxels that may lie beside the bag.
 """
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from perception.assembly import assemble
 from perception.datasets.rosbag_file import (
     CAMERA_INFO,
     COMPRESSED_IMAGE,
@@ -37,7 +38,7 @@ from perception.errors import ConfigError, DataError
 from perception.frames import FrameError, FrameTree
 from perception.sync import Counts
 from perception.types import Array, Gnss, Imu, Odometry, Sample, Truth
-from perception.vehicle import CameraSensor, Sensors, VehicleConfig, assemble
+from perception.vehicle import CameraSensor, Sensors, VehicleConfig
 
 _IMAGES = (IMAGE, COMPRESSED_IMAGE)
 _NAMED = {

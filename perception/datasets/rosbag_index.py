@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from perception.assembly import covered_readings
 from perception.datasets.rosbag_file import (
     GNSS,
     IMU,
@@ -23,7 +24,7 @@ from perception.datasets.rosbag_file import (
     BagFile,
     read_header,
 )
-from perception.datasets.rosbag_transforms import TimedEdge, Transforms, covered_readings
+from perception.datasets.rosbag_transforms import TimedEdge, Transforms
 from perception.decode import decode_camera_info, stamp_ns
 from perception.errors import DataError
 from perception.frames import FrameError

@@ -1,4 +1,4 @@
-"""The transforms of a bag as arrays: any stamp's frames at random, and which stamps they cover."""
+"""The transforms of a bag as arrays: any stamp's frames at random."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perception.frames import FrameError, FrameTree
+from perception.frames import FrameTree
 from perception.types import Array, Pose
-from perception.vehicle import VehicleConfig
 
 _FOREVER_S = 1e9
 
@@ -60,49 +59,3 @@ class Transforms:
                 pose = Pose.from_quaternion(edge.pose[row, 3:], edge.pose[row, :3].copy())
                 tree.add(edge.parent, edge.child, int(edge.stamp_ns[row]), pose)
         return tree
-
-
-def covered_readings(
-    config: VehicleConfig,
-    tree: FrameTree,
-    frame: str,
-    sample_stamp_ns: Array,
-    stamp_ns: Array,
-    used: Array,
-    errors: list[FrameError],
-) -> Array:
-    """(S, k) bool: the readings that can be brought into ego at their sample's stamp.
-
-    Args:
-        config: the vehicle.
-        tree: knowing at least the ends of what is covered.
-        frame: the sensor's.
-        sample_stamp_ns: (S,).
-        stamp_ns: (S, k) of the readings.
-        used: (S, k), false where there is no reading.
-        errors: what the tree says of those that are not covered is added here.
-    """
-    odom, base = config.odom_frame, config.base_frame
-    at_once = used & (stamp_ns == sample_stamp_ns[:, None])
-    moved = used & ~at_once
-    good = np.zeros_like(moved)
-    good[at_once] = _known(tree, base, frame, stamp_ns[at_once], errors)
-    if odom in tree.frames or moved.any():
-        good[moved] = _known(tree, odom, frame, stamp_ns[moved], errors)
-        good &= _known(tree, odom, base, sample_stamp_ns, errors)[:, None]
-    return good
-
-
-def _known(tree: FrameTree, dst: str, src: str, stamps: Array, errors: list[FrameError]) -> Array:
-    """(T,) bool: the stamps at which the tree knows `dst_from_src`; what it says of others is added to `errors`."""
-    if not len(stamps):
-        return np.zeros(0, bool)
-    try:
-        tree.poses(dst, src, stamps)
-    except FrameError as error:
-        errors.append(error)
-        if len(stamps) == 1 or error.reason not in ("before_buffer", "after_buffer"):
-            return np.zeros(len(stamps), bool)
-        middle = len(stamps) // 2
-        return np.concatenate([_known(tree, dst, src, half, errors) for half in (stamps[:middle], stamps[middle:])])
-    return np.ones(len(stamps), bool)
