@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -112,8 +114,13 @@ def test_lidar_branch(kit: Kit, lidar_stages: tuple[Level, LidarStages]):
 
 
 def images(kit: Kit, file: str, level: Level) -> Tensor:
-    x = kit.input(file, (2, 3, 96, 160), 2)
-    x[1, :, :, -4:] = 0
+    """The input that weights.md tells: X("img_r50",(2,3,96,160),2), then image 1: last 4 columns set to 0."""
+    text = (kit.root / "weights.md").read_text()
+    rule = re.search(rf'X\("{file}",\(([\d,]+)\),([\d.]+)\)', text)
+    zeroed = re.search(r"image 1: last (\d+) columns", text)
+    assert rule and zeroed
+    x = kit.input(file, tuple(map(int, rule[1].split(","))), float(rule[2]))
+    x[1, :, :, -int(zeroed[1]) :] = 0
     return x.to(DTYPE[level])
 
 
@@ -140,6 +147,7 @@ def test_image_branch(kit: Kit, variant: str, level: Level):
             stage, _, block = name.removesuffix("__sample").partition("_block")
             if stage.startswith("stage") and block.isdigit():
                 keep(f"{stage}_block{block}", f"backbone.layers.{stage.removeprefix('stage')}.blocks.{block}")
+        keep("stage0_merge", "backbone.layers.0.downsample")
     levels = branch.backbone(images(kit, file, level))
     pyramid = branch.neck(levels)
     stages |= {f"c{i}": x for i, x in enumerate(levels, start=2)}

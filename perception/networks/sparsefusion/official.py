@@ -3,10 +3,10 @@
 Each table maps the start of an official key, a regular expression, to the start of ours; the rest of the key stays.
 The first pattern that fits decides. Every official key is mapped, or dropped with a reason; an unknown one is refused.
 
-Layouts: linear, convolution and norm tensors are taken as they are. The kernels of sparse convolutions are (out, z, y,
-x, in) in checkpoints of spconv 2.2 and later, ours too; (z, y, x, in, out) in those of spconv 1 and mmdetection3d;
-(z, y, x, out, in) in those of spconv 2.0 and 2.1. Kernels with as many inputs as outputs do not tell the last two
-apart, so the first convolution, from the points' 5 values, decides for all.
+Layouts: linear, convolution and norm tensors are taken as they are, but for the order of the tokens that Swin merges.
+The kernels of sparse convolutions are (out, z, y, x, in) in checkpoints of spconv 2.2 and later, ours too; (z, y, x,
+in, out) in those of spconv 1 and mmdetection3d; (z, y, x, out, in) in those of spconv 2.0 and 2.1. Kernels with as many
+inputs as outputs do not tell the last two apart, so the first convolution, from the points' 5 values, decides for all.
 """
 
 from __future__ import annotations
@@ -20,18 +20,35 @@ from torch import Tensor
 
 from perception.errors import DataError
 from perception.networks.layers.sparse import krsc_from_rsck, krsc_from_rskc
+from perception.networks.layers.swin import merge_order_from_unfold
 from perception.networks.sparsefusion.config import ImageConfig, SparseFusionConfig
 
 LIDAR = {
-    r"pts_middle_encoder\.": "lidar.encoder.",
+    r"pts_middle_encoder\.conv_input\.": "lidar.encoder.input.",
+    r"pts_middle_encoder\.encoder_layers\.encoder_layer1\.": "lidar.encoder.stages.0.",
+    r"pts_middle_encoder\.encoder_layers\.encoder_layer2\.": "lidar.encoder.stages.1.",
+    r"pts_middle_encoder\.encoder_layers\.encoder_layer3\.": "lidar.encoder.stages.2.",
+    r"pts_middle_encoder\.encoder_layers\.encoder_layer4\.": "lidar.encoder.stages.3.",
+    r"pts_middle_encoder\.conv_out\.": "lidar.encoder.output.",
     r"pts_backbone\.": "lidar.backbone.",
     r"pts_neck\.": "lidar.neck.",
 }
 
 IMAGE = {
+    # Swin's names in mmdetection, to those of timm
+    r"img_backbone\.patch_embed\.projection\.": "image.backbone.patch_embed.proj.",
+    r"img_backbone\.stages\.(\d)\.blocks\.(\d)\.attn\.w_msa\.": r"image.backbone.layers.\1.blocks.\2.attn.",
+    r"img_backbone\.stages\.(\d)\.blocks\.(\d)\.ffn\.layers\.0\.0\.": r"image.backbone.layers.\1.blocks.\2.mlp.fc1.",
+    r"img_backbone\.stages\.(\d)\.blocks\.(\d)\.ffn\.layers\.1\.": r"image.backbone.layers.\1.blocks.\2.mlp.fc2.",
+    r"img_backbone\.stages\.": "image.backbone.layers.",
+    # ResNet's are torchvision's
     r"img_backbone\.": "image.backbone.",
-    r"img_neck\.": "image.neck.",
+    r"img_neck\.lateral_convs\.(\d)\.conv\.": r"image.neck.lateral.\1.",
+    r"img_neck\.fpn_convs\.(\d)\.conv\.": r"image.neck.output.\1.",
 }
+
+# Tensors over the four tokens that Swin's patch merging joins: mmdetection has their channels first.
+_MERGING = r"img_backbone\.stages\.\d\.downsample\."
 
 HEAD = {
     r"pts_bbox_head\.": "head.",
@@ -101,7 +118,11 @@ def convert(state_dict: Mapping[str, Tensor], config: SparseFusionConfig) -> Con
             dropped[key] = reason[0]
         elif (found := _lookup(LIDAR | IMAGE | HEAD, key)) is not None:
             mapped[key] = own = found[0] + found[1]
-            state[own] = permute(tensor).contiguous() if _is_sparse_kernel(key, tensor) else tensor
+            if _is_sparse_kernel(key, tensor):
+                tensor = permute(tensor).contiguous()
+            elif re.match(_MERGING, key):
+                tensor = merge_order_from_unfold(tensor)
+            state[own] = tensor
         else:
             unknown.append(key)
     if unknown:
