@@ -231,6 +231,29 @@ def bench_city(
     out.print(rates_table(bench(CityConfig.model_validate(keys), workers, together, samples)))
 
 
+@app.command()
+def up(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[LAUNCH FILE] [NAME:=VALUE]...",
+            help="A path, or perception (without one), playback, rviz; then the launch file's arguments.",
+        ),
+    ] = None,
+    show_args: Annotated[bool, typer.Option("--show-args", "-s", help="List the launch file's arguments.")] = False,
+) -> None:
+    """Start the ROS 2 node by a launch file, as `ros2 launch` does: from a bag, on a vehicle, or with a demo."""
+    _run_ros("up", [*(words or []), *(["--show-args"] if show_args else [])])
+
+
+def _run_ros(module: str, words: Sequence[str]) -> None:
+    """Go on as a module of perception_ros: the same process, so that signals and the exit code are its own."""
+    if find_spec("perception_ros") is None:
+        fix = "source the workspace, or: pip install -e '.[ros]' -e ros2_ws/src/perception_ros"
+        raise PerceptionError(f"perception_ros is not installed for {sys.executable}", fix)
+    os.execv(sys.executable, [sys.executable, "-m", f"perception_ros.{module}", *words])  # noqa: S606
+
+
 def _open(source: Path | None, overrides: list[str]) -> Dataset:
     """The data set at a root, of a configuration's `dataset` keys, or the small one that is written here."""
     from perception.config import apply_override, read_yaml
