@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from perception.datasets.nuscenes_writer import NuScenesWriter
 from perception.errors import PerceptionError
 from perception.evaluation.detection_results import likely_attribute
+from perception.networks.sparsefusion.config import SparseFusionConfig
 from perception.synthetic.city import CityConfig
 from perception.types import Boxes3D, CameraImage, PointCloud, Pose, Sample, Truth
 
@@ -90,3 +92,19 @@ class BrokenCityConfig(CityConfig):
         if self.seed:
             os._exit(7)
         raise PerceptionError(f"no street at seed {self.seed}", "ask for another")
+
+
+def tiny_sparsefusion(**keys: Any) -> SparseFusionConfig:
+    """The whole network in a size that a test runs in milliseconds: 16 x 16 cells of 3.2 m, two cameras of 160 x 96."""
+    lidar = {
+        "range_m": (-25.6, -25.6, -5.0, 25.6, 25.6, 3.0),
+        "voxel_size_m": (0.4, 0.4, 0.2),
+        "encoder_channels": (4, 4, 8, 8),
+        "out_channels": 8,
+        "backbone_channels": (8, 8),
+        "backbone_layers": 1,
+        "neck_channels": 8,
+    }
+    image = {"backbone": "efficientnet_lite0", "canvas_px": (160, 96), "neck_channels": 8}
+    size = {"channels": 16, "heads": 2, "feedforward_channels": 16, "queries": 10, "cameras": ("front", "back")}
+    return SparseFusionConfig.model_validate({"lidar": lidar, "image": image, **size, **keys})
