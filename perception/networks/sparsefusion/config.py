@@ -110,6 +110,9 @@ class SparseFusionConfig(Config):
     queries: int = 200
     """Candidates of each modality."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    class_prior: float | None = Field(None, gt=0, lt=1)
+    """Training from scratch: probability of every class that heatmaps and class logits start with. None: no such start,
+    as the released models."""
     nms_radius_squared_m2: dict[str, float] = Field(
         default_factory=lambda: {
             "car": 0.35, "truck": 0.35, "construction_vehicle": 0.35, "bus": 0.35, "trailer": 0.35, "barrier": 0.175,
