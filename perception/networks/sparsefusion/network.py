@@ -1,0 +1,109 @@
+"""SparseFusion whole: samples in, boxes out, and what training needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from perception.networks.sparsefusion.boxes import detect, to_boxes3d
+from perception.networks.sparsefusion.config import SparseFusionConfig
+from perception.networks.sparsefusion.encode import Encoder, absent_cameras, ego_from_network
+from perception.networks.sparsefusion.head import Head
+from perception.networks.sparsefusion.image import ImageBranch
+from perception.networks.sparsefusion.lidar import LidarBranch
+from perception.networks.sparsefusion.official import from_original
+from perception.networks.sparsefusion.targets import Targets, encode_targets
+from perception.networks.sparsefusion.tensors import Inputs, Outputs
+from perception.types import Boxes3D, Needs, Sample, Truth
+
+
+class SparseFusion(nn.Module):
+    """See the package. Weights are random until a state is loaded.
+
+    Attributes:
+        needs: what it reads of a sample; the ablations need one kind of sensor alone.
+    """
+
+    def __init__(self, config: SparseFusionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.needs = _needs(config)
+        self.encoder = Encoder(config)
+        self.lidar = LidarBranch(config.lidar) if config.modality != "camera" else None
+        self.image = ImageBranch(config.image) if config.modality != "lidar" else None
+        self.head = Head(config)
+
+    @classmethod
+    def from_original(cls, state_dict: Mapping[str, Tensor], config: SparseFusionConfig) -> SparseFusion:
+        """The network with the state of a released checkpoint; DataError names what does not fit."""
+        network = cls(config)
+        network.load_state_dict(from_original(state_dict, config))
+        return network
+
+    def encode(self, samples: Sequence[Sample]) -> Inputs:
+        """Tensors of a batch of samples, on the network's device; see `Encoder` for training mode and errors."""
+        inputs: Inputs = self.encoder(samples)
+        return inputs
+
+    def forward(self, inputs: Inputs) -> Outputs:
+        """All predictions of a batch. A batch without any voxel is the caller's to leave out."""
+        bev, levels = None, None
+        if self.lidar is not None:
+            bev = self.lidar(inputs.voxels, inputs.coordinates, inputs.batch_size)  # (B, C, Y, X)
+        if self.image is not None and inputs.images is not None:
+            levels = self.image(inputs.images.flatten(0, 1))  # four of (B * K, C, H / 2^(l+2), W / 2^(l+2))
+        outputs: Outputs = self.head(
+            bev, inputs.height_min, inputs.height_max, levels, inputs.sparse_depth, inputs.calibration
+        )
+        return outputs
+
+    def decode(self, outputs: Outputs, samples: Sequence[Sample]) -> list[Boxes3D]:
+        """The detections of each sample, in ego at its stamp. The host waits for the device once."""
+        frames = [ego_from_network(sample, self.config) for sample in samples]
+        stamps_ns = [sample.stamp_ns for sample in samples]
+        return to_boxes3d(detect(outputs, self.config), self.config, frames, stamps_ns)
+
+    @torch.inference_mode()
+    def predict(self, sample: Sample) -> Boxes3D:
+        """The boxes of one sample; none where no LiDAR point is in range, or no camera shows anything to the ablation.
+
+        Raises:
+            DataError: the sample lacks the LiDAR or its field `intensity`.
+        """
+        cameras = self.needs.cameras
+        if self.config.modality == "camera" and len(absent_cameras(sample, cameras)) == len(cameras):
+            return Boxes3D.empty(self.config.classes, sample.stamp_ns)
+        inputs = self.encode([sample])
+        if inputs.voxels is not None and not len(inputs.voxels):
+            return Boxes3D.empty(self.config.classes, sample.stamp_ns)
+        dtype = getattr(torch, self.config.precision)
+        device = self.encoder.mean.device.type
+        with torch.autocast(device, dtype, enabled=device == "cuda" and dtype != torch.float32):
+            outputs: Outputs = self(inputs)
+        return self.decode(outputs, [sample])[0]
+
+    def degraded(self, sample: Sample) -> str:
+        """What a prediction for this sample has to do without, "" if nothing: `camera back missing, front black`."""
+        absent = absent_cameras(sample, self.needs.cameras)
+        return "camera " + ", ".join(f"{role} {why}" for role, why in absent.items()) if absent else ""
+
+    def encode_targets(self, samples: Sequence[Sample], truths: Sequence[Truth]) -> Targets:
+        """What the outputs for these samples are compared with, on the network's device.
+
+        Raises:
+            DataError: a truth has no boxes.
+        """
+        network_from_ego = [ego_from_network(sample, self.config).inverse() for sample in samples]
+        calibration = self.encoder.calibration(samples) if self.image is not None else None
+        return encode_targets(truths, network_from_ego, calibration, self.config, self.encoder.mean.device)
+
+
+def _needs(config: SparseFusionConfig) -> Needs:
+    return Needs(
+        lidar=("intensity",) if config.modality != "camera" else None,
+        cameras=config.cameras if config.modality != "lidar" else (),
+        sweeps=config.sweeps,
+        anchor="camera" if config.modality == "camera" else "lidar",
+    )
