@@ -50,9 +50,89 @@ IMAGE = {
 # Tensors over the four tokens that Swin's patch merging joins: mmdetection has their channels first.
 _MERGING = r"img_backbone\.stages\.\d\.downsample\."
 
-HEAD = {
-    r"pts_bbox_head\.": "head.",
+_LAYERS = {
+    r"cross_heatmap_decoder\.": "semantic.layer.",
+    r"point_transformer\.decoder\.0\.": "point_decoder.layer.",
+    r"img_transformer\.decoder\.0\.": "image_decoder.layer.",
 }
+
+_SELF_LAYERS = {
+    r"view_transformer\.decoder\.": "view_transformation.layer.",
+    r"fusion_transformer\.decoder\.0\.": "fusion.layer.",
+}
+
+_FEED_FORWARD = {r"linear1\.": "feed_forward.0.", r"linear2\.": "feed_forward.3.", r"norm3\.": "norm_feed_forward."}
+
+_POSITIONS = {
+    r"self_posembed\.position_embedding_head\.": "query_position.",
+    r"cross_posembed\.position_embedding_head\.": "key_position.",
+}
+
+_LAYER = {
+    r"self_attn\.": "self_attention.",
+    r"multihead_attn\.": "cross_attention.",
+    r"norm1\.": "norm_self.",
+    r"norm2\.": "norm_cross.",
+    **_FEED_FORWARD,
+    **_POSITIONS,
+}
+
+_SELF_LAYER = {
+    r"multihead_attn\.": "attention.",
+    r"norm2\.": "norm_attention.",
+    **_FEED_FORWARD,
+    **_POSITIONS,
+}
+
+_BOX_HEADS = {
+    r"point_transformer\.": "point_decoder.",
+    r"view_transformer\.": "view_transformation.",
+    r"fusion_transformer\.": "fusion.",
+}
+
+_BOX_HEAD = {
+    r"(center|height|dim|rot|vel)(?:_view)?\.0\.conv\.": r"\1.0.",
+    r"(center|height|dim|rot|vel)(?:_view)?\.0\.bn\.": r"\1.1.",
+    r"(center|height|dim|rot|vel)(?:_view)?\.1\.": r"\1.3.",
+    r"heatmap(?:_view)?\.0\.conv\.": "logit.0.",
+    r"heatmap(?:_view)?\.0\.bn\.": "logit.1.",
+    r"heatmap(?:_view)?\.1\.": "logit.3.",
+}
+
+_HEAD = {
+    **{a + b: own_a + own_b for a, own_a in _LAYERS.items() for b, own_b in _LAYER.items()},
+    **{a + b: own_a + own_b for a, own_a in _SELF_LAYERS.items() for b, own_b in _SELF_LAYER.items()},
+    **{
+        f"{a}prediction_heads\\.{b}": f"{own_a}heads.{own_b}"
+        for a, own_a in _BOX_HEADS.items()
+        for b, own_b in _BOX_HEAD.items()
+    },
+    r"shared_conv\.": "lidar_projection.",
+    r"level_pos$": "level_embedding",
+    r"class_encoding\.": "lidar_label.",
+    r"img_class_encoding\.": "image_label.",
+    r"depth_resnet\.conv_depth\.": "geometric.stem.",
+    r"depth_resnet\.layers\.(\d)\.0\.": r"geometric.blocks.\1.",
+    r"depth_resnet\.fuse_layers\.": "geometric.fuse.",
+    r"heatmap_pts_proj\.": "semantic.lidar_projection.",
+    r"heatmap_img_proj\.": "semantic.image_projection.",
+    r"reduce_conv\.module\.": "semantic.reduce.",
+    r"cross_heatmap_head\.0\.": "lidar_heatmap.",
+    r"img_heatmap_head\.(\d)\.0\.module\.": r"image_heatmaps.\1.0.",
+    r"img_heatmap_head\.(\d)\.1\.": r"image_heatmaps.\1.1.",
+    r"img_transformer\.prediction_heads\.(center|depth|dim|rot|vel)_2d\.": r"image_decoder.heads.\1.",
+    r"img_transformer\.prediction_heads\.cls\.": "image_decoder.heads.logit.",
+    r"view_transformer\.camera_net\.bn\.": "view_transformation.gate.norm.",
+    r"view_transformer\.camera_net\.mlp_depth\.": "view_transformation.gate.mlp.",
+    r"view_transformer\.view_projection\.feat_proj\.": "view_transformation.projection.0.",
+    r"view_transformer\.view_projection\.norm\.": "view_transformation.projection.1.",
+    r"fusion_transformer\.pts_projection\.feat_proj\.": "fusion.lidar_projection.0.",
+    r"fusion_transformer\.pts_projection\.norm\.": "fusion.lidar_projection.1.",
+    r"fusion_transformer\.img_projection\.feat_proj\.": "fusion.image_projection.0.",
+    r"fusion_transformer\.img_projection\.norm\.": "fusion.image_projection.1.",
+}
+
+HEAD = {rf"pts_bbox_head\.{official}": f"head.{own}" for official, own in _HEAD.items()}
 
 DROPPED = {
     r".*\.relative_position_index$": "Swin's index of relative positions is computed, not learned",

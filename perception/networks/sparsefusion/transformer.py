@@ -57,7 +57,7 @@ class SelfLayer(nn.Module):
     ) -> None:
         super().__init__()
         channels = config.channels
-        self.position, self.key_position = position, key_position
+        self.query_position, self.key_position = position, key_position
         self.attention = Attention(channels, config.heads, config.dropout)
         self.feed_forward = FeedForward(config)
         self.norm_attention, self.norm_feed_forward = nn.LayerNorm(channels), nn.LayerNorm(channels)
@@ -65,7 +65,7 @@ class SelfLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
         """(B, N, C) of x (B, N, C), position (B, N, in) and mask, broadcastable to (B, N, N): who may attend whom."""
-        query = x + self.position(position)
+        query = x + self.query_position(position)
         memory = query if self.key_position is None else x + self.key_position(position)
         x = self.norm_attention(x + self.dropout(self.attention(query, memory, mask)))
         return self.norm_feed_forward(x + self.dropout(self.feed_forward(x)))
