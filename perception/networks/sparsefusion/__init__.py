@@ -8,7 +8,7 @@ arXiv 2304.14340; released code and weights: github.com/yichen928/SparseFusion. 
     sparse depth (B, 6, 2, 112, 200) + pyramid --> geometric transfer: LiDAR's depth into images           geometric.py
     BEV features + pyramid -> semantic transfer --> LiDAR heatmap (B, 10, 180, 180)                         semantic.py
     pyramid --> camera heatmap (B, 10, 6, 29750 tokens)                                                   candidates.py
-    200 peaks of each --> point decoder; image decoder, view transformation into LiDAR space         decoders.py, view.py
+    200 peaks of each --> point decoder; image decoder, view transformation into LiDAR space        decoders.py, view.py
     both (B, 400, 128) --> self-attention --> boxes (B, 400): scores times the peaks' scores, circle suppression
                                                                                                    fusion.py, boxes.py
 
