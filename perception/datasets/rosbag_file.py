@@ -29,6 +29,11 @@ POINT_CLOUD, IMAGE, COMPRESSED_IMAGE, CAMERA_INFO, TRANSFORMS, ODOMETRY, IMU, GN
 )
 TF_TOPIC, TF_STATIC_TOPIC = "/tf", "/tf_static"
 
+_UNKNOWN_DEPTH = 10
+"""Where a bag does not say: the default of ROS."""
+_ALL = 1000
+"""In place of a history without end."""
+
 _MCAP_MAGIC, _SQLITE_MAGIC = b"\x89MCAP0\r\n", b"SQLite format 3\0"
 
 
@@ -44,11 +49,20 @@ def typestore() -> Any:
     return get_typestore(Stores.ROS2_HUMBLE)
 
 
+class OfferedQos(NamedTuple):
+    """What a topic's publisher offers; the last `depth` messages are kept, for those who join late where `latched`."""
+
+    depth: int
+    reliable: bool = True
+    latched: bool = False
+
+
 class Topic(NamedTuple):
-    """A topic's message type and number of messages."""
+    """A topic's message type and number of messages, and what its publishers offered together."""
 
     type: str
     messages: int
+    offered: OfferedQos = OfferedQos(_UNKNOWN_DEPTH)
 
 
 class Logged(NamedTuple):
@@ -81,7 +95,14 @@ class BagFile:
                     f"{path}: topic {connection.topic!r} has messages of {known.type} and of {connection.msgtype}",
                     "record it again with one type a topic",
                 )
-            self.topics[connection.topic] = Topic(known.type, known.messages + connection.msgcount)
+            offered = _offered(connection, known.offered if connection.topic in self.topics else None)
+            self.topics[connection.topic] = Topic(known.type, known.messages + connection.msgcount, offered)
+
+    @property
+    def span_ns(self) -> tuple[int, int]:
+        """Log times of the first message and of the last."""
+        reader = self._reader()
+        return reader.start_time, reader.end_time - 1
 
     def messages(
         self, topics: Collection[str], start_ns: int | None = None, stop_ns: int | None = None
@@ -143,6 +164,19 @@ class BagFile:
             f"{self.path}: not a readable rosbag2: {type(error).__name__}: {error}",
             "check it with `ros2 bag info`; `mcap doctor` and `mcap recover` (the MCAP command line) mend MCAP files",
         )
+
+
+def _offered(connection: Any, before: OfferedQos | None) -> OfferedQos:
+    """A connection's offer joined with that of earlier ones of its topic: the one that suits most subscribers."""
+    offers = [before] if before is not None else []
+    for profile in connection.ext.offered_qos_profiles:
+        reliable, latched = profile.reliability.name != "BEST_EFFORT", profile.durability.name == "TRANSIENT_LOCAL"
+        keeps_all = profile.history.name == "KEEP_ALL"
+        offers.append(OfferedQos(_ALL if keeps_all else profile.depth or _UNKNOWN_DEPTH, reliable, latched))
+    if not offers:
+        return OfferedQos(_UNKNOWN_DEPTH)
+    depths, reliables, latches = zip(*offers, strict=True)
+    return OfferedQos(max(depths), any(reliables), any(latches))
 
 
 class Header(NamedTuple):

@@ -40,6 +40,7 @@ from perception.datasets.rosbag_file import (
     TF_STATIC_TOPIC,
     TF_TOPIC,
     TRANSFORMS,
+    OfferedQos,
     typestore,
 )
 from perception.datasets.rosbag_truth import write_truth
@@ -58,16 +59,8 @@ _SAME_POSE = 1e-4
 PoseAt = Callable[[int], Pose]
 
 
-class _Offered(NamedTuple):
-    """What a topic's publisher offers; the last `depth` messages are kept."""
-
-    depth: int
-    reliable: bool = True
-    latched: bool = False
-
-
-_OFFERED_BY_TYPE = dict.fromkeys((POINT_CLOUD, COMPRESSED_IMAGE, CAMERA_INFO), _Offered(5, reliable=False))
-_OFFERED_BY_TOPIC = {TF_TOPIC: _Offered(100), TF_STATIC_TOPIC: _Offered(1, latched=True)}
+_OFFERED_BY_TYPE = dict.fromkeys((POINT_CLOUD, COMPRESSED_IMAGE, CAMERA_INFO), OfferedQos(5, reliable=False))
+_OFFERED_BY_TOPIC = {TF_TOPIC: OfferedQos(100), TF_STATIC_TOPIC: OfferedQos(1, latched=True)}
 _NEEDS_EXACT_POSE = (POINT_CLOUD, COMPRESSED_IMAGE, POSE)
 
 
@@ -279,7 +272,7 @@ class RosbagWriter:
 
     def _write(self, topic: str, message_type: str, stamp_ns: int, raw: memoryview) -> None:
         if topic not in self._connections:
-            offered = _OFFERED_BY_TOPIC.get(topic, _OFFERED_BY_TYPE.get(message_type, _Offered(10)))
+            offered = _OFFERED_BY_TOPIC.get(topic, _OFFERED_BY_TYPE.get(message_type, OfferedQos(10)))
             self._connections[topic] = self._bag.add_connection(
                 topic, message_type, typestore=typestore(), offered_qos_profiles=[_qos(offered)]
             )
@@ -302,7 +295,7 @@ def _open(path: Path, storage: Literal["mcap", "sqlite3"]) -> Any:
     return bag
 
 
-def _qos(offered: _Offered) -> Any:
+def _qos(offered: OfferedQos) -> Any:
     """An offered_qos_profile of rosbag2: keep last, no deadlines."""
     from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 
