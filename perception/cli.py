@@ -246,6 +246,12 @@ def up(
     _run_ros("up", [*(words or []), *(["--show-args"] if show_args else [])])
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def play(context: typer.Context) -> None:
+    """Publish a bag as if the vehicle drove: recorded QoS, latched /tf_static, /clock; --help lists the options."""
+    _run_ros("play", context.args)
+
+
 def _run_ros(module: str, words: Sequence[str]) -> None:
     """Go on as a module of perception_ros: the same process, so that signals and the exit code are its own."""
     if find_spec("perception_ros") is None:
