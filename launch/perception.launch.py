@@ -22,6 +22,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
 from perception.doctor import shared_memory
+from perception.errors import PerceptionError
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "configs"
@@ -92,7 +93,9 @@ def arrange(context):
     use_sim_time = chosen("use_sim_time", auto=played)
     systems = [name.strip() for name in value("systems").split(",") if name.strip()]
     if value("separate") == "true" and not systems:
-        raise ValueError("separate:=true needs the systems' names, as in systems:=detection,occupancy")
+        raise PerceptionError(
+            "separate:=true needs the systems' names", "give them, as in systems:=detection,occupancy"
+        )
 
     profile = Path(value("profile"))
     memory = shared_memory(profile)

@@ -262,8 +262,8 @@ def run(path: Path, arguments: Mapping[str, str]) -> int:
         0 if every process ended well, else 1.
     """
     context = Context(dict(arguments))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: context.shutdown.set())
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: context.shutdown.set()) for number in numbers]
     try:
         execute(load(path).entities, context)
         while context.processes and not context.shutdown.wait(0.2):  # a signal's handler runs between two waits
@@ -273,6 +273,8 @@ def run(path: Path, arguments: Mapping[str, str]) -> int:
             process.stop()
         for process in context.processes:
             process.join()
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
     return int(context.failed)
 
 
