@@ -24,15 +24,21 @@ PREDICTORS = {"truth_echo": "perception.predictor:TruthEcho"}
 """Name in a configuration -> module:Class; the configuration of `Class` is `ClassConfig` beside it."""
 
 
+Output = Literal["boxes", "occupancy", "pose"]
+"""Boxes3D, OccupancyGrid3D or Localization."""
+
+
 class Predictor(Protocol):
     """What every system offers.
 
     Attributes:
         needs: what it reads of a sample.
+        output: which kind of prediction it makes.
         weights: where its numbers come from; a result file records it.
     """
 
     needs: Needs
+    output: Output
     weights: WeightsProvenance
 
     def predict(self, sample: Sample) -> Prediction:
@@ -68,7 +74,7 @@ class TruthEchoConfig(Config):
     """`truth_echo`: repeats the truth of a data set, to prove that reading, frames and scoring fit together."""
 
     name: Literal["truth_echo"] = "truth_echo"
-    output: Literal["boxes", "occupancy", "pose"] = "boxes"
+    output: Output = "boxes"
 
 
 class TruthEcho:
@@ -80,7 +86,7 @@ class TruthEcho:
         if truths is None:
             raise ConfigError("predictor truth_echo has no data set to repeat", "run it on a data set that has truth")
         self.weights = WeightsProvenance.not_needed("truth_echo repeats the truth")
-        self._output = config.output
+        self.output = config.output
         self._truths = truths
         self._index = {token: i for i, token in enumerate(truths.tokens)}
 
@@ -90,17 +96,17 @@ class TruthEcho:
         Boxes without a LiDAR or radar point are left out, since nuScenes does not score them; ignored voxels are free.
         """
         truth = self._truths.truth(self._index[sample.token]) if sample.token in self._index else None
-        if truth is not None and self._output == "boxes" and truth.boxes is not None:
+        if truth is not None and self.output == "boxes" and truth.boxes is not None:
             return _seen(truth.boxes)
-        if truth is not None and self._output == "occupancy" and truth.occupancy is not None:
+        if truth is not None and self.output == "occupancy" and truth.occupancy is not None:
             label = truth.occupancy.label
             return replace(
                 truth.occupancy, label=np.where(label == IGNORE_LABEL, np.uint8(truth.occupancy.free_label), label)
             )
-        if truth is not None and self._output == "pose" and truth.map_from_ego is not None:
+        if truth is not None and self.output == "pose" and truth.map_from_ego is not None:
             return Localization(truth.map_from_ego, np.diag([1e-4] * 6), 0, "ok", sample.stamp_ns)
         raise DataError(
-            f"sample {sample.token!r} has no true {self._output}", "choose a split, or an output, that has truth"
+            f"sample {sample.token!r} has no true {self.output}", "choose a split, or an output, that has truth"
         )
 
     def reset(self) -> None:

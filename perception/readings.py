@@ -1,15 +1,16 @@
-"""Imu, Odometry and NavSatFix messages to readings, by their attributes alone."""
+"""Imu, Odometry, NavSatFix and transform messages to readings, by their attributes alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from perception.decode import stamp_ns
 from perception.errors import DataError
-from perception.types import Array, Gnss, Imu, Odometry
+from perception.types import Array, Gnss, Imu, Odometry, Pose
 
 
 def decode_imu(messages: Sequence[Any], ego_from_imu: Array) -> Imu:
@@ -50,6 +51,36 @@ def decode_gnss(message: Any) -> Gnss | None:
         return None
     latitude, longitude, altitude = numbers[:3].tolist()
     return Gnss(latitude, longitude, altitude, numbers[3:].reshape(3, 3), stamp_ns(message.header))
+
+
+class StampedTransform(NamedTuple):
+    """A geometry_msgs/TransformStamped: translation x y z and unit quaternion x y z w of `parent_from_child`."""
+
+    parent: str
+    child: str
+    stamp_ns: int
+    numbers: tuple[float, ...]
+
+    @property
+    def pose(self) -> Pose:
+        return Pose.from_quaternion(self.numbers[3:], self.numbers[:3])
+
+
+def decode_transform(transform: Any, where: str = "/tf") -> StampedTransform:
+    """A geometry_msgs/TransformStamped.
+
+    Raises:
+        DataError: numbers that are no transform.
+    """
+    parent, child = transform.header.frame_id.lstrip("/"), transform.child_frame_id.lstrip("/")
+    t, q = transform.transform.translation, transform.transform.rotation
+    numbers = (t.x, t.y, t.z, q.x, q.y, q.z, q.w)
+    if not np.isfinite(numbers).all() or abs(math.hypot(*numbers[3:]) - 1) > 0.005:  # as tf2 has it
+        raise DataError(
+            f"{where} has {parent!r} -> {child!r} with translation {numbers[:3]} and rotation {numbers[3:]}",
+            "mend its publisher; a rotation is a unit quaternion (x, y, z, w)",
+        )
+    return StampedTransform(parent, child, stamp_ns(transform.header), numbers)
 
 
 def _stamps(messages: Sequence[Any]) -> Array:

@@ -7,7 +7,6 @@ one) begins a new epoch, and stamps of different epochs never meet.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from perception.datasets.rosbag_transforms import TimedEdge, Transforms
 from perception.decode import decode_camera_info, stamp_ns
 from perception.errors import DataError
 from perception.frames import FrameError
-from perception.readings import decode_gnss, decode_imu, decode_odometry
+from perception.readings import decode_gnss, decode_imu, decode_odometry, decode_transform
 from perception.rectify import CameraModel
 from perception.sync import ClockJump, Counts, SyncedSet, Synchronizer
 from perception.types import Array, Gnss, Imu, Odometry, Pose
@@ -210,19 +209,10 @@ def _take_reading(
 def _take_transforms(bag: BagFile, topic: str, raw: bytes, scan: _Scan, sync: Synchronizer) -> None:
     """Enter the transforms of a message; one that falls far back is a jump of the clock."""
     for transform in bag.decode(topic, raw).transforms:
-        parent, child = transform.header.frame_id.lstrip("/"), transform.child_frame_id.lstrip("/")
-        t, q = transform.transform.translation, transform.transform.rotation
-        numbers = (t.x, t.y, t.z, q.x, q.y, q.z, q.w)
-        if not np.isfinite(numbers).all() or abs(math.hypot(*numbers[3:]) - 1) > 0.005:  # as tf2 has it
-            raise DataError(
-                f"{bag.path}: {topic} has {parent!r} -> {child!r} with translation {numbers[:3]} and "
-                f"rotation {numbers[3:]}",
-                "mend its publisher; a rotation is a unit quaternion (x, y, z, w)",
-            )
+        parent, child, stamp, numbers = decode_transform(transform, f"{bag.path}: {topic}")
         if topic == TF_STATIC_TOPIC:
             scan.static[child] = parent, Pose.from_quaternion(numbers[3:], numbers[:3])
             continue
-        stamp = stamp_ns(transform.header)
         newest = scan.newest_ns.get(child, stamp)
         if newest - stamp > sync.config.clock_jump_s * 1e9:
             sync.clock_jumped(ClockJump(topic, newest, stamp))

@@ -1,0 +1,220 @@
+"""A sample in the making: one synchronised set of messages that wait, as bytes, to be wanted.
+
+It is made into a Sample in the thread that asks for it, which waits a bounded time for the transforms and calibrations
+that are still on their way. A message is decoded once, however many samples and systems use it. The bag reader makes
+its samples of the same parts (`sync`, `assembly`), so both are the same.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from perception.assembly import Reading, covered_readings, decode_reading, place
+from perception.datasets.rosbag_file import COMPRESSED_IMAGE, IMAGE, POINT_CLOUD
+from perception.errors import PerceptionError
+from perception.frames import FrameError, FrameTree
+from perception.sync import SyncedSet
+from perception.types import PointCloud, Sample
+from perception.vehicle import CameraSensor, CloudSensor, VehicleConfig
+
+if TYPE_CHECKING:
+    from perception.intake import Intake
+
+
+@dataclass(slots=True, eq=False)
+class Received:
+    """A sensor's message as it came; `reading` once it was decoded."""
+
+    raw: bytes
+    received_s: float
+    reading: Reading | None = None
+
+
+class Prepared(NamedTuple):
+    """A Draft made into a Sample.
+
+    Attributes:
+        sample: without IMU, odometry and GNSS.
+        used: channel -> stamps of its messages, newest first.
+        masked: channel -> why it is not in the sample though it had a message.
+        stages: name -> seconds.
+    """
+
+    sample: Sample
+    used: Mapping[str, tuple[int, ...]]
+    masked: Mapping[str, str]
+    stages: Mapping[str, float]
+
+
+class Draft:
+    """One synchronised set, on its way to a Sample; its anchor's message came at `received_s` (time.monotonic())."""
+
+    def __init__(self, intake: Intake, synced: SyncedSet, anchor: str) -> None:
+        self.synced = synced
+        self.received_s: float = synced.matches[anchor].payload.received_s
+        self._intake = intake
+        self._lock = threading.Lock()
+        self._prepared: list[tuple[VehicleConfig, Prepared | PerceptionError]] = []
+
+    def prepare(self, vehicle: VehicleConfig, pool: Executor, wait_s: float) -> Prepared:
+        """The Sample that a vehicle's part makes of the set; made once, also for several systems that see the same.
+
+        Args:
+            vehicle: the sensors to read, of those that the set was made for.
+            pool: decodes images.
+            wait_s: longest wait for transforms and calibrations.
+
+        Raises:
+            DataError: a bad message.
+            FrameError: no transforms for the anchor's message.
+        """
+        with self._lock:
+            result = next((result for known, result in self._prepared if known == vehicle), None)
+            if result is None:
+                result = self._try(vehicle, pool, time.monotonic() + wait_s)
+                self._prepared.append((vehicle, result))
+        if isinstance(result, PerceptionError):
+            raise result
+        return result
+
+    def _try(self, vehicle: VehicleConfig, pool: Executor, deadline_s: float) -> Prepared | PerceptionError:
+        try:
+            return self._make(vehicle, pool, deadline_s)
+        except PerceptionError as error:
+            return error
+
+    def _make(self, vehicle: VehicleConfig, pool: Executor, deadline_s: float) -> Prepared:
+        intake, start_s = self._intake, time.monotonic()
+        messages = self._messages(vehicle)
+        cameras = {c for c in messages if isinstance(vehicle.sensors.channels[c], CameraSensor)}
+        intake.wait_until(lambda: cameras <= intake.models.keys(), deadline_s)
+        masked = dict.fromkeys(cameras - intake.models.keys(), "no calibration")
+        messages = {channel: received for channel, received in messages.items() if channel not in masked}
+        decode_s = time.monotonic()
+        readings = self._decode(vehicle, messages, pool)
+        wait_s = time.monotonic()
+        readings, uncovered = self._covered(vehicle, readings, deadline_s)
+        place_s = time.monotonic()
+        sample = place(vehicle, self.synced.stamp_ns, readings, intake.frames)
+        used = {channel: tuple(r.stamp_ns for r in found) for channel, found in readings.items()}
+        stages = {
+            "decode": wait_s - decode_s,
+            "transforms": place_s - wait_s + decode_s - start_s,
+            "assemble": time.monotonic() - place_s,
+        }
+        return Prepared(replace(sample, token=str(sample.stamp_ns)), used, {**masked, **uncovered}, stages)
+
+    def _messages(self, vehicle: VehicleConfig) -> dict[str, list[Received]]:
+        """Channel -> messages, newest first."""
+        found = {}
+        for channel, sensor in vehicle.sensors.channels.items():
+            if channel in self.synced.matches:
+                matches = [self.synced.matches[channel], *self.synced.past[channel]][: vehicle.depth(sensor)]
+                found[channel] = [match.payload for match in matches]
+        return found
+
+    def _decode(
+        self, vehicle: VehicleConfig, messages: Mapping[str, Sequence[Received]], pool: Executor
+    ) -> dict[str, list[Reading]]:
+        """Images in the pool, clouds meanwhile in this thread."""
+        sensors = vehicle.sensors.channels
+        images = {
+            channel: pool.submit(self._reading, channel, sensors[channel], received[0])
+            for channel, received in messages.items()
+            if isinstance(sensors[channel], CameraSensor)
+        }
+        return {
+            channel: [images[channel].result()]
+            if channel in images
+            else [self._reading(channel, sensors[channel], one) for one in received]
+            for channel, received in sorted(messages.items(), key=lambda item: item[0] in images)
+        }
+
+    def _covered(
+        self, vehicle: VehicleConfig, readings: dict[str, list[Reading]], deadline_s: float
+    ) -> tuple[dict[str, list[Reading]], dict[str, str]]:
+        """The readings that the transforms place once these have come, or the time is up; and why others are not.
+
+        Raises:
+            FrameError: the anchor's is not among them.
+        """
+        frames, stamp = self._intake.frames, self.synced.stamp_ns
+        good: dict[str, list[Reading]] = {}
+        missing: dict[str, FrameError] = {}
+
+        def known() -> bool:
+            good.clear()
+            missing.clear()
+            for channel, found in readings.items():
+                mask, error = _placeable(vehicle, frames, stamp, vehicle.sensors.channels[channel], found)
+                if error is not None:
+                    missing[channel] = error
+                if mask[0]:  # without its key reading a channel is missing
+                    good[channel] = [r for r, fits in zip(found, mask, strict=True) if fits]
+            return all(error.reason == "before_buffer" for error in missing.values())
+
+        self._intake.wait_until(known, deadline_s)
+        if vehicle.sync.anchor not in good:
+            raise missing[vehicle.sync.anchor]
+        return good, {c: f"no transform ({missing[c].reason})" for c in readings if c not in good}
+
+    def _reading(self, channel: str, sensor: CloudSensor | CameraSensor, received: Received) -> Reading:
+        """A message decoded, the first time that it is asked for.
+
+        Raises:
+            DataError: as `decode_reading`.
+        """
+        if received.reading is None or _lacks(received.reading, sensor):
+            if isinstance(sensor, CloudSensor):
+                kind = POINT_CLOUD
+            else:
+                kind = COMPRESSED_IMAGE if sensor.is_compressed else IMAGE
+            message = self._intake.deserialize(kind, received.raw)
+            received.reading = decode_reading(message, sensor, self._intake.models.get(channel))
+            self._intake.dropped_nonfinite[channel] += received.reading.dropped_nonfinite
+        return received.reading
+
+
+def _placeable(
+    vehicle: VehicleConfig,
+    frames: FrameTree,
+    sample_stamp_ns: int,
+    sensor: CloudSensor | CameraSensor,
+    readings: Sequence[Reading],
+) -> tuple[list[bool], FrameError | None]:
+    """Which readings of one sensor the transforms place, and the first reason why one is not."""
+    errors: list[FrameError] = []
+    sample = np.array([sample_stamp_ns], np.int64)
+
+    def covered(stamps: list[int]) -> Any:
+        used = np.ones((1, len(stamps)), bool)
+        frame = readings[0].frame
+        return covered_readings(vehicle, frames, frame, sample, np.array([stamps], np.int64), used, errors)[0]
+
+    try:  # A bag may be without odometry; on the road it has just not come yet, or the vehicle's motion is unknown.
+        frames.lookup(vehicle.odom_frame, vehicle.base_frame, sample_stamp_ns)
+    except FrameError as error:
+        return [False] * len(readings), error
+    mask = covered([r.stamp_ns for r in readings])
+    if isinstance(sensor, CloudSensor) and sensor.deskew:
+        for i, reading in enumerate(readings):
+            assert isinstance(reading.data, PointCloud)
+            offset = reading.data.fields.get("time_offset")
+            if offset is not None and len(offset):
+                ends = [reading.stamp_ns + round(float(end) * 1e9) for end in (offset.min(), offset.max())]
+                mask[i] &= covered(ends).all()
+    return mask.tolist(), errors[0] if errors else None
+
+
+def _lacks(reading: Reading, sensor: CloudSensor | CameraSensor) -> bool:
+    """Whether a reading that another system asked for is without a field that this one needs."""
+    if not isinstance(sensor, CloudSensor) or not isinstance(reading.data, PointCloud):
+        return False
+    return any(name not in reading.data.fields for name in sensor.needed)
