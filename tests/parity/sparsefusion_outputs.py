@@ -7,8 +7,23 @@ import torch
 from parity.kit import Kit
 from torch import Tensor
 
+from perception.networks.sparsefusion.boxes import encode_boxes
 from perception.networks.sparsefusion.config import ImageConfig, LidarConfig, SparseFusionConfig
-from perception.networks.sparsefusion.tensors import BoxPrediction, Candidates, ImagePrediction, Outputs
+from perception.networks.sparsefusion.losses import Matches
+from perception.networks.sparsefusion.targets import (
+    BoxTargets,
+    ImageTargets,
+    Targets,
+    image_heatmap,
+    lidar_heatmap,
+)
+from perception.networks.sparsefusion.tensors import (
+    BoxPrediction,
+    Calibration,
+    Candidates,
+    ImagePrediction,
+    Outputs,
+)
 
 _BOX = ("center", "height", "dim", "rot", "vel", "heatmap")
 _IMAGE = ("center_2d", "depth_2d", "dim_2d", "rot_2d", "vel_2d", "cls", "loc_cam_3d")
@@ -58,3 +73,95 @@ def lidar_rows_7(rows: np.ndarray) -> Tensor:
     """Boxes in the network's frame (..., 9) as rows of `iou.iou_3d`."""
     rows = torch.from_numpy(rows).double()
     return torch.cat([rows[:, :2], rows[:, 2:3] + rows[:, 5:6] / 2, rows[:, 3:7]], 1)
+
+
+def train_outputs(kit: Kit, dtype: torch.dtype = torch.float64) -> Outputs:
+    """The predictions of the training step stored in loss_trainp0; its heatmaps are stored in part and left out."""
+
+    def get(name: str) -> Tensor:
+        return kit.tensor("loss_trainp0", f"pred_{name}", dtype)
+
+    queries = get("center_2d").shape[2]
+    both = [get(name) for name in _BOX]
+    view = kit.tensor("loss_trainp0", "pred_view", torch.int64)
+    return Outputs(
+        None,
+        None,
+        None,
+        None,
+        BoxPrediction(*(p[:, :, :queries] for p in both)),
+        ImagePrediction(*(get(name) for name in _IMAGE), view),
+        BoxPrediction(*(get(f"{name}_view") for name in _BOX)),
+        BoxPrediction(*(p[:, :, queries:] for p in both)),
+    )
+
+
+def pad(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def kit_targets(kit: Kit, config: SparseFusionConfig) -> Targets:
+    """The true boxes stored in loss_eval, with heatmaps drawn here."""
+    count = sum(name.endswith("_gt_bboxes_3d") for name in kit.names("loss_eval"))
+
+    def get(name: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        return [kit.tensor("loss_eval", f"in_s{s}_gt_{name}", dtype) for s in range(count)]
+
+    label = get("labels_3d", torch.int64)
+    boxes = BoxTargets(
+        pad([encode_boxes(b, config.lidar) for b in get("bboxes_3d")]),
+        pad(label),
+        pad([torch.ones_like(v, dtype=torch.bool) for v in label]),
+        pad(get("visible_3d", torch.bool)),
+    )
+    canvas = torch.tensor(config.image.canvas_px)
+    codes, centers = [], []
+    for camera, uvd in zip(get("bboxes_cam_view"), get("img_centers_uvd"), strict=True):
+        center, size, angle, velocity = camera.split([3, 3, 1, 2], 1)
+        centers.append(center - torch.tensor([0, 0.5, 0]) * size[:, 1:2])
+        parts = [uvd[:, :2] / canvas, uvd[:, 2:], size.log(), angle.sin(), angle.cos(), velocity]
+        codes.append(torch.cat(parts, 1))
+    class_view = get("labels_2d_class_view", torch.int64)
+    image = ImageTargets(
+        pad(codes),
+        pad(centers),
+        pad([r[:, 2:] for r in get("bboxes_2d_cxcywh")]),
+        pad([cv[:, 0] for cv in class_view]),
+        pad([cv[:, 1] for cv in class_view]),
+        pad([torch.ones(len(cv), dtype=torch.bool) for cv in class_view]),
+    )
+    return Targets(boxes, image, lidar_heatmap(boxes, config), image_heatmap(image, config))
+
+
+def kit_calibration(kit: Kit, case: str, dtype: torch.dtype = torch.float64) -> Calibration:
+    """The calibration of `full` (one sample) or `small` (both, with the valid part of each image)."""
+    samples = range(2 if case == "small" else 1)
+
+    def get(name: str) -> Tensor:
+        return torch.stack([kit.tensor("inputs", f"s{s}_{case}_{name}", dtype) for s in samples])
+
+    rotation = get("lidar2cam_r")
+    content, canvas = (torch.tensor(wh, dtype=dtype).expand(*rotation.shape[:2], 2) for wh in kit.size(case))
+    valid = get("valid_shape") if case == "small" else content
+    visible = valid if case == "small" else canvas
+    present = torch.ones(rotation.shape[:2], dtype=torch.bool)
+    return Calibration(rotation, get("lidar2cam_t"), get("cam_intrinsic"), valid, visible, present)
+
+
+def kit_matches(kit: Kit, file: str) -> Matches:
+    """The matches stored in loss_eval or loss_trainp0."""
+
+    def get(name: str) -> Tensor:
+        return kit.tensor(file, f"bbox_assigner_{name}_gt_inds", torch.int64) - 1
+
+    truths = [kit.tensor("loss_eval", f"in_s{s}_gt_visible_3d", torch.bool) for s in (0, 1)]
+    view = []
+    for s, call in ((0, "call4"), (1, "call5")):  # these count the visible boxes alone
+        seen = torch.cat([truths[s].nonzero()[:, 0], torch.tensor([-1])])
+        view.append(seen[get(call)])
+    return Matches(
+        torch.stack([get("call0"), get("call2")]),
+        torch.stack([get("2d_call0"), get("2d_call1")]),
+        torch.stack(view),
+        torch.stack([get("call1"), get("call3")]),
+    )

@@ -50,7 +50,7 @@ def encode_boxes(box: Tensor, lidar: LidarConfig) -> Tensor:
 
 def decode_boxes(prediction: BoxPrediction, lidar: LidarConfig) -> Tensor:
     """(B, Q, 9) boxes of a layer's prediction, in float32 at least."""
-    center, height, dim, rot, vel = (_full(p).transpose(1, 2) for p in prediction[:5])  # each (B, Q, values)
+    center, height, dim, rot, vel = (full_precision(p).transpose(1, 2) for p in prediction[:5])  # each (B, Q, values)
     size = dim.exp()
     corner = center.new_tensor(lidar.range_m[:2])
     theta = torch.atan2(rot[..., :1], rot[..., 1:])
@@ -59,7 +59,7 @@ def decode_boxes(prediction: BoxPrediction, lidar: LidarConfig) -> Tensor:
 
 def prediction_code(prediction: BoxPrediction) -> Tensor:
     """(B, Q, 10) codes of a layer's prediction, in float32 at least."""
-    return torch.cat([_full(p) for p in prediction[:5]], 1).transpose(1, 2)
+    return torch.cat([full_precision(p) for p in prediction[:5]], 1).transpose(1, 2)
 
 
 def class_scores(outputs: Outputs) -> Tensor:
@@ -76,7 +76,7 @@ def class_scores(outputs: Outputs) -> Tensor:
         agrees = outputs.image.logit.argmax(1) == candidates.label  # (B, Q)
         weight = _CAMERA_WEIGHT if outputs.fusion is not None else 1.0
         priors.append(weight * _own_class(candidates) * agrees[:, None])
-    return _full(last_layer(outputs).logit).sigmoid() * torch.cat(priors, 2)
+    return full_precision(last_layer(outputs).logit).sigmoid() * torch.cat(priors, 2)
 
 
 def last_layer(outputs: Outputs) -> BoxPrediction:
@@ -162,9 +162,9 @@ def network_rows(boxes: Boxes3D) -> Array:
 def _own_class(candidates: Candidates) -> Tensor:
     """(B, C, Q) the candidates' scores at their own class, 0 elsewhere."""
     one_hot = F.one_hot(candidates.label, candidates.score.shape[1]).transpose(1, 2)
-    return _full(candidates.score) * one_hot
+    return full_precision(candidates.score) * one_hot
 
 
-def _full(tensor: Tensor) -> Tensor:
+def full_precision(tensor: Tensor) -> Tensor:
     """In float32 where it is in half precision, which has too few digits for a place on the map."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
