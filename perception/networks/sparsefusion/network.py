@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,18 @@ from perception.networks.sparsefusion.encode import Encoder, absent_cameras, ego
 from perception.networks.sparsefusion.head import Head
 from perception.networks.sparsefusion.image import ImageBranch
 from perception.networks.sparsefusion.lidar import LidarBranch
+from perception.networks.sparsefusion.losses import losses
 from perception.networks.sparsefusion.official import from_original
 from perception.networks.sparsefusion.targets import Targets, encode_targets
-from perception.networks.sparsefusion.tensors import Inputs, Outputs
+from perception.networks.sparsefusion.tensors import Calibration, Inputs, Outputs
 from perception.types import Boxes3D, Needs, Sample, Truth
+
+
+class Supervision(NamedTuple):
+    """The truth of a batch, and the cameras that it was seen by (None for the modality `lidar`)."""
+
+    targets: Targets
+    calibration: Calibration | None
 
 
 class SparseFusion(nn.Module):
@@ -89,7 +98,7 @@ class SparseFusion(nn.Module):
         absent = absent_cameras(sample, self.needs.cameras)
         return "camera " + ", ".join(f"{role} {why}" for role, why in absent.items()) if absent else ""
 
-    def encode_targets(self, samples: Sequence[Sample], truths: Sequence[Truth]) -> Targets:
+    def encode_targets(self, samples: Sequence[Sample], truths: Sequence[Truth]) -> Supervision:
         """What the outputs for these samples are compared with, on the network's device.
 
         Raises:
@@ -97,7 +106,12 @@ class SparseFusion(nn.Module):
         """
         network_from_ego = [ego_from_network(sample, self.config).inverse() for sample in samples]
         calibration = self.encoder.calibration(samples) if self.image is not None else None
-        return encode_targets(truths, network_from_ego, calibration, self.config, self.encoder.mean.device)
+        targets = encode_targets(truths, network_from_ego, calibration, self.config, self.encoder.mean.device)
+        return Supervision(targets, calibration)
+
+    def loss(self, outputs: Outputs, supervision: Supervision) -> dict[str, Tensor]:
+        """Every weighted term; training minimises their sum."""
+        return losses(outputs, supervision.targets, supervision.calibration, self.config)
 
 
 def _needs(config: SparseFusionConfig) -> Needs:
