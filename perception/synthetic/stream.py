@@ -44,7 +44,7 @@ def fresh(city: CityConfig, workers: int = 0, together: int = 1) -> Iterator[Pai
         PerceptionError: a worker failed, with its message, or was killed.
     """
     if not workers:
-        yield from _pairs(city, together, 0, 1)
+        yield from pairs(city, together, 0, 1)
         return
     context = multiprocessing.get_context("spawn")  # a fork has no CUDA
     pipes, processes = [], []
@@ -65,11 +65,11 @@ def fresh(city: CityConfig, workers: int = 0, together: int = 1) -> Iterator[Pai
             process.join()
 
 
-def _pairs(city: CityConfig, together: int, first: int, step: int) -> Iterator[Pair]:
-    """Of scenes first, first + step, ..., counted on for ever."""
+def pairs(city: CityConfig, together: int, first: int, step: int, per_scene: int | None = None) -> Iterator[Pair]:
+    """Of scenes first, first + step, ..., counted on for ever; of each, `per_scene` key frames or all of them."""
     for n in itertools.count(first, step):
         scene = City(city.model_copy(update={"seed": city.seed + n % city.scenes, "scenes": 1}))
-        order = np.random.default_rng([city.seed, n]).permutation(city.key_frames).tolist()
+        order = np.random.default_rng([city.seed, n]).permutation(city.key_frames)[:per_scene].tolist()
         for k in range(0, len(order), together):
             yield from scene.key_frames(order[k : k + together])
 
@@ -92,7 +92,7 @@ def _work(city: CityConfig, together: int, first: int, step: int, pipe: Connecti
     sender = threading.Thread(target=send, name="send")
     sender.start()
     try:
-        for pair in _pairs(city, together, first, step):
+        for pair in pairs(city, together, first, step):
             made.put(pair)
     except Exception as error:
         made.put(f"{error}\n{traceback.format_exc()}")

@@ -1,0 +1,67 @@
+"""Where a training stands, in one file: written whole or not at all, read without unpickling code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from perception.errors import DataError
+
+
+class Checkpoint(NamedTuple):
+    """What is needed to go on.
+
+    Attributes:
+        step: steps made.
+        config: JSON of the configuration.
+        network, average, optimiser: their states; `average` is empty without a moving average.
+        generators: states of torch's random generators, by process: of the CPU, and of the GPU where there is one.
+    """
+
+    step: int
+    config: str
+    network: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimiser: dict[str, Any]
+    generators: list[list[Tensor]]
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save(checkpoint._asdict(), part)
+    part.replace(path)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Raises DataError where the file is missing or no checkpoint of a training."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        return Checkpoint(**data)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", "start without --resume") from error
+    except Exception as error:  # torch raises what its parts raise: zip, pickle, struct
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: no checkpoint of a training: {message}", "start without --resume") from error
+
+
+def generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def set_generator_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def load_fitting(network: nn.Module, state: dict[str, Tensor]) -> int:
+    """Take the tensors whose name and shape fit, and count them."""
+    own = network.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    network.load_state_dict(fitting, strict=False)
+    return len(fitting)

@@ -1,0 +1,42 @@
+"""One training process of tests/training/test_loop.py, alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from stand_in import Centroid, Shapes
+
+from perception.synthetic.city import CityConfig
+from perception.training.config import OptimiserConfig, TrainingConfig
+from perception.training.data import batches
+from perception.training.distributed import joined
+from perception.training.loop import Training
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=2)
+    arguments = parser.parse_args()
+    config = TrainingConfig(
+        data=CityConfig(),
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        workers=0,
+        log_every=1,
+        tensorboard=False,
+        optimiser=OptimiserConfig(lr=1e-2),
+    )
+    with joined("cpu") as place:
+        torch.manual_seed(0)
+        network = Centroid(normalised=False, dropout=0.0)
+        training = Training(
+            network,
+            config,
+            place,
+            arguments.folder,
+            report=lambda p: print(f"step {p.step}", flush=True),  # noqa: T201
+        )
+        training.run(batches(config, Shapes(), network.needs, place, 0))
