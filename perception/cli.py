@@ -120,6 +120,37 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    source: Annotated[
+        Path | None, typer.Argument(help="A bag, or a data set's root. Without: the configuration's dataset.")
+    ] = None,
+    config: Annotated[
+        Path, typer.Option(help="A vehicle with systems (configs/vehicle.yaml), or any .yaml with a predictor.")
+    ] = Path("configs/vehicle.yaml"),
+    systems: Annotated[list[str] | None, typer.Option("--system", help="Only this one. Repeatable.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where the files go.")] = Path("out/predict"),
+    json: Annotated[bool, typer.Option("--json/--no-json", help="SYSTEM.json of all predictions.")] = True,
+    png: Annotated[bool, typer.Option("--png", help="Also SYSTEM/TOKEN/*.png, pictures of each.")] = False,
+    rrd: Annotated[bool, typer.Option("--rrd", help="Also SYSTEM.rrd for the rerun viewer (extra: rerun).")] = False,
+    weights: Annotated[Path | None, typer.Option(help="The predictor's weights, of the one system that runs.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1, in place of the configuration's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Predict on a bag or a data set as the node would: JSON, pictures, a recording. No annotations are needed."""
+    from perception.predict import load_jobs, write
+
+    jobs = load_jobs(config, source, systems=systems or (), overrides=set_ or [], device=device, weights=weights)
+    for job in jobs:
+        written = write(
+            job, folder, str(source or config), json=json, png=png, rrd=rrd, limit=limit, progress=_progress
+        )
+        out.print(f"{job.name}: {written.predictions:,} predictions")
+        for path in written.paths:
+            out.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where the pictures and results go.")] = Path("out/demo"),
     rrd: RrdOption = False,

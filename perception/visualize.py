@@ -17,7 +17,7 @@ import numpy as np
 
 from perception.errors import DataError
 from perception.geometry import BOX_EDGES, box_corners, project, project_to_image
-from perception.types import Array, Boxes3D, CameraImage, OccupancyGrid3D, PointCloud, Pose, Sample, Truth
+from perception.types import Array, Boxes3D, CameraImage, OccupancyGrid3D, PointCloud, Pose, Prediction, Sample, Truth
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "car": (255, 158, 0),
@@ -308,11 +308,18 @@ def write_png(path: Path, rgb: Array) -> Path:
     return path
 
 
-def write_pictures(folder: Path, sample: Sample, truth: Truth | None) -> list[Path]:
-    """bev.png, cameras.png and occupancy.png of a sample with its truth, as far as it has them; returns their paths."""
+def boxes_and_occupancy(shown: Truth | Prediction | None) -> tuple[Boxes3D | None, OccupancyGrid3D | None]:
+    """What of a truth or a prediction can be drawn."""
+    if isinstance(shown, Truth):
+        return shown.boxes, shown.occupancy
+    return shown if isinstance(shown, Boxes3D) else None, shown if isinstance(shown, OccupancyGrid3D) else None
+
+
+def write_pictures(folder: Path, sample: Sample, shown: Truth | Prediction | None) -> list[Path]:
+    """bev.png, cameras.png and occupancy.png of a sample with its truth or a prediction; returns their paths."""
     clouds = [draw_points(cloud) for cloud in sample.lidars.values()]
     radars = [Points(c.xyz_ego(), np.full((len(c), 3), 255, np.uint8)) for c in sample.radars.values()]
-    boxes = truth.boxes if truth else None
+    boxes, occupancy = boxes_and_occupancy(shown)
     segments = [draw_boxes(boxes), draw_velocities(boxes)] if boxes is not None else []
     written = [write_png(folder / "bev.png", render_bev(clouds + radars, segments))]
     if sample.cameras:
@@ -320,8 +327,8 @@ def write_pictures(folder: Path, sample: Sample, truth: Truth | None) -> list[Pa
         written.append(
             write_png(folder / "cameras.png", render_cameras(sample, [draw_points(c) for c in key], segments[:1]))
         )
-    if truth and truth.occupancy is not None:
-        written.append(write_png(folder / "occupancy.png", render_occupancy(draw_occupancy(truth.occupancy))))
+    if occupancy is not None:
+        written.append(write_png(folder / "occupancy.png", render_occupancy(draw_occupancy(occupancy))))
     return written
 
 

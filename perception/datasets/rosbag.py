@@ -122,6 +122,13 @@ class Rosbag:
         epoch = int(self.index.epoch[i])
         return f"{self.config.root.stem}-{epoch}" if epoch else self.config.root.stem
 
+    def used(self, i: int) -> dict[str, tuple[int, ...]]:
+        """Channel -> stamps of its messages in sample i, newest first."""
+        found: dict[str, tuple[int, ...]] = {}
+        for channel, row in self._rows(i):
+            found[channel] = (*found.get(channel, ()), int(self.index.readings[channel].stamp_ns[row]))
+        return found
+
     def play(self) -> Iterator[Sample]:
         """All samples in one pass over the bag: every message is read once, however many sweeps overlap."""
         last_use = {channel: _last_use(rows) for channel, rows in self.index.rows.items()}
