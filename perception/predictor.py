@@ -9,18 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from perception.config import Config, schema_of, validate
 from perception.device import usable_device
 from perception.errors import ConfigError, DataError
-from perception.evaluation.result import WeightsProvenance
 from perception.types import IGNORE_LABEL, Boxes3D, Dataset, Localization, Needs, Prediction, Sample
+from perception.weights import WeightsProvenance
 
-PREDICTORS = {"truth_echo": "perception.predictor:TruthEcho"}
+PREDICTORS = {
+    "truth_echo": "perception.predictor:TruthEcho",
+    "sparsefusion": "perception.networks.sparsefusion:SparseFusion",
+}
 """Name in a configuration -> module:Class; the configuration of `Class` is `ClassConfig` beside it."""
 
 
@@ -66,8 +71,62 @@ def load_predictor(config: Config, device: torch.device | str = "cpu", truths: D
     if isinstance(config, TruthEchoConfig):
         return TruthEcho(config, truths)
     module, _, cls = PREDICTORS[config.name].partition(":")  # type: ignore[attr-defined]
-    predictor: Predictor = getattr(import_module(module), cls)(config, usable_device(device))
-    return predictor
+    return load_network(getattr(import_module(module), cls), config, usable_device(device))
+
+
+class Network(Protocol):
+    """What an nn.Module offers beside training to be a predictor."""
+
+    needs: Needs
+
+    def predict(self, sample: Sample) -> Prediction:
+        """As in Predictor, without gradients."""
+        ...
+
+    def degraded(self, sample: Sample) -> str:
+        """As in Predictor, of a prediction for this sample."""
+        ...
+
+
+class NetworkPredictor:
+    """A network in evaluation mode; it sees one sample at a time and remembers nothing."""
+
+    def __init__(self, network: Network, weights: WeightsProvenance) -> None:
+        self.needs = network.needs
+        self.weights = weights
+        self.degraded = ""
+        self._network = network
+
+    def predict(self, sample: Sample) -> Prediction:
+        """The network's; DataError where the sample lacks what it cannot do without."""
+        self.degraded = self._network.degraded(sample)
+        return self._network.predict(sample)
+
+    def reset(self) -> None:
+        """It remembers nothing."""
+        self.degraded = ""
+
+
+def load_network(network: type[nn.Module], config: Config, device: torch.device) -> NetworkPredictor:
+    """A network with the weights that its configuration names, on a device.
+
+    Raises:
+        ConfigError: it names none.
+        DataError: a file that is not there, or whose weights do not fit the configuration.
+    """
+    from perception.weights import load_weights
+
+    path: Path | None = config.weights  # type: ignore[attr-defined]
+    name: str = config.name  # type: ignore[attr-defined]
+    if path is None:
+        raise ConfigError(
+            f"predictor {name}: no weights: an untrained network predicts noise",
+            "--weights FILE, or set predictor.weights; `perception weights convert` makes it of a released checkpoint, "
+            "`perception train` trains it",
+        )
+    module = network(config)
+    weights = load_weights(module, path)
+    return NetworkPredictor(module.to(device).eval(), weights)  # type: ignore[arg-type]
 
 
 class TruthEchoConfig(Config):
@@ -81,6 +140,7 @@ class TruthEcho:
     """Predicts what is true. Scored against itself, every benchmark gives its best number."""
 
     needs = Needs()
+    degraded = ""
 
     def __init__(self, config: TruthEchoConfig, truths: Dataset | None) -> None:
         if truths is None:
