@@ -164,7 +164,7 @@ def is_due(max_rate_hz: float | None, last_ns: int | None, stamp_ns: int) -> boo
 
 def used_stamps(sample: Sample) -> dict[str, tuple[int, ...]]:
     """Channel -> stamp of its key message."""
-    found = {f"lidar_{role}": (cloud.stamp_ns,) for role, cloud in sample.lidars.items()}
+    found: dict[str, tuple[int, ...]] = {f"lidar_{role}": (cloud.stamp_ns,) for role, cloud in sample.lidars.items()}
     found |= {f"radar_{role}": (cloud.stamp_ns,) for role, cloud in sample.radars.items()}
     return found | {f"cam_{role}": (image.stamp_ns,) for role, image in sample.cameras.items()}
 
