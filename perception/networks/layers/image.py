@@ -80,8 +80,8 @@ _LITE0_STAGES = (
     (6, 5, 2, 192, 4),
     (6, 3, 1, 320, 1),
 )
-_LITE0_LEVELS = (1, 2, 4, 6)
-"""The last stage of each stride, 4 to 32."""
+_LITE0_LEVELS = (1, 2, 4)
+"""The last stage of each stride, 4 to 16; that of stride 32 is the last there is."""
 _LITE0_EPS = 1e-3
 
 
@@ -90,17 +90,22 @@ class EfficientNetLite0(nn.Module):
 
     Facts of the published TensorFlow model, which its converted weights need: padding is TensorFlow's SAME, one more
     at the end than at the beginning where odd; batch norms have eps 1e-3; images are (RGB - 127) / 128.
+
+    Args:
+        coarse_blocks: how many of the five blocks of stride 32 there are: they hold two thirds of the parameters.
     """
 
-    channels = (24, 40, 112, 320)
-
-    def __init__(self) -> None:
+    def __init__(self, coarse_blocks: int = 5) -> None:
         super().__init__()
         self.conv_stem = SameConv2d(3, 32, 3, stride=2)
         self.bn1 = nn.BatchNorm2d(32, eps=_LITE0_EPS)
         stages = []
-        in_channels = 32
-        for expansion, kernel, stride, channels, count in _LITE0_STAGES:
+        in_channels, left = 32, coarse_blocks
+        for stage, (expansion, kernel, stride, channels, count) in enumerate(_LITE0_STAGES):
+            if stage > _LITE0_LEVELS[-1]:
+                count, left = min(count, left), left - count
+            if count <= 0:
+                break
             blocks: list[nn.Module] = []
             for i in range(count):
                 step = stride if i == 0 else 1
@@ -111,6 +116,7 @@ class EfficientNetLite0(nn.Module):
                 in_channels = channels
             stages.append(nn.Sequential(*blocks))
         self.blocks = nn.Sequential(*stages)
+        self.channels = (*(_LITE0_STAGES[i][3] for i in _LITE0_LEVELS), in_channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> (N, channels[l], H / 2^(l+2), W / 2^(l+2)) for l = 0 to 3."""
@@ -118,7 +124,7 @@ class EfficientNetLite0(nn.Module):
         levels = []
         for i, stage in enumerate(self.blocks):
             x = stage(x)
-            if i in _LITE0_LEVELS:
+            if i in (*_LITE0_LEVELS, len(self.blocks) - 1):
                 levels.append(x)
         return levels
 

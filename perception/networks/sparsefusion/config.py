@@ -67,6 +67,8 @@ class ImageConfig(Config):
     """Images to the feature pyramid; its first level has a quarter of the canvas' resolution, each next one half."""
 
     backbone: Literal["resnet50", "swin_tiny", "efficientnet_lite0"] = "resnet50"
+    coarse_blocks: int = Field(5, ge=1, le=5)
+    """Of EfficientNet-Lite0's five blocks of stride 32, how many there are; no other backbone reads it."""
     canvas_px: tuple[int, int] = (800, 448)
     """Width and height: an image is resized to fit it, keeping its shape, and padded at the right and bottom."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)

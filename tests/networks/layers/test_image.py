@@ -184,3 +184,18 @@ def test_stochastic_depth_drops_whole_samples_in_training_alone():
     block.train()
     assert torch.equal(block(x, mask), x)
     assert not torch.equal(block.eval()(x, mask), x)
+
+
+def test_a_shortened_lite0_keeps_the_first_blocks_of_its_coarsest_stride():
+    whole, short = EfficientNetLite0().eval(), EfficientNetLite0(coarse_blocks=2).eval()
+    short.load_state_dict({k: v for k, v in whole.state_dict().items() if k in short.state_dict()})
+    assert short.channels == (24, 40, 112, 192)
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        levels, expected = short(image), whole(image)
+        x = expected[2]
+        for block in whole.blocks[5][:2]:
+            x = block(x)
+    assert [tuple(level.shape[1:]) for level in levels] == [(24, 16, 24), (40, 8, 12), (112, 4, 6), (192, 2, 3)]
+    for level, other in zip(levels, [*expected[:3], x], strict=True):
+        torch.testing.assert_close(level, other)
