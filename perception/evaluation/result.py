@@ -6,7 +6,6 @@ written together, as one JSON file, and numbers of random weights are not writte
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import platform
@@ -16,59 +15,18 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 import perception
 from perception.config import Config
 from perception.errors import DataError, PerceptionError
+from perception.weights import WeightsProvenance
 
 _LIBRARIES = ("numpy", "scipy", "torch", "opencv-python-headless", "safetensors", "nuscenes-devkit")
 _SPCONV = ("spconv", "spconv-cu118", "spconv-cu120", "spconv-cu121", "spconv-cu124", "spconv-cu126")
-
-
-class WeightsProvenance(Config):
-    """Where a predictor's weights come from.
-
-    Attributes:
-        kind: `file`; `none` where there is nothing to learn; `random` where nothing was loaded.
-        sha256: of the file; None for the other kinds.
-        note: the file's name, or why there is none.
-    """
-
-    kind: Literal["file", "none", "random"]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    note: str = ""
-
-    @model_validator(mode="after")
-    def _hash_belongs_to_a_file(self) -> WeightsProvenance:
-        if (self.sha256 is not None) != (self.kind == "file"):
-            raise ValueError(f"weights of kind {self.kind!r} with sha256 {self.sha256}: a file has one, nothing else")
-        return self
-
-    @staticmethod
-    def of_file(path: Path) -> WeightsProvenance:
-        """Hash a weights file. Raises DataError where it cannot be read."""
-        digest = hashlib.sha256()
-        try:
-            with path.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}", "give the path of the weights file") from error
-        return WeightsProvenance(kind="file", sha256=digest.hexdigest(), note=path.name)
-
-    @staticmethod
-    def not_needed(reason: str) -> WeightsProvenance:
-        """For a predictor that has nothing to load: it repeats the truth, or solves a geometric problem."""
-        return WeightsProvenance(kind="none", note=reason)
-
-    @staticmethod
-    def random() -> WeightsProvenance:
-        """For a network that loaded nothing. Its results are not written."""
-        return WeightsProvenance(kind="random", note="initialised, never loaded")
 
 
 class Source(Config):

@@ -23,9 +23,10 @@ from perception.evaluation.detection import DetectionScore, evaluate_detection
 from perception.evaluation.detection_results import Modalities, write_results
 from perception.evaluation.localization import LocalizationFrame, LocalizationScore, evaluate_localization
 from perception.evaluation.occupancy import BENCHMARKS, OccupancyEvaluator, OccupancyScore
-from perception.evaluation.result import Result, WeightsProvenance, make_result
+from perception.evaluation.result import Result, make_result
 from perception.predictor import Predictor, load_predictor, predictor_config
 from perception.types import Boxes3D, Dataset, Localization, OccupancyGrid3D, Pose, Prediction
+from perception.weights import WeightsProvenance
 
 Score = DetectionScore | OccupancyScore | LocalizationScore
 Progress = Callable[[Iterable[int], int], Iterable[int]]

@@ -1,6 +1,5 @@
 """Result files hold what made the numbers, come back as written, and refuse numbers of random weights."""
 
-import hashlib
 import json
 import math
 import subprocess
@@ -10,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 import perception
 from perception.config import Config
 from perception.errors import DataError, PerceptionError
 from perception.evaluation.result import (
-    WeightsProvenance,
     device_name,
     library_versions,
     make_result,
@@ -24,6 +21,7 @@ from perception.evaluation.result import (
     source,
     write_result,
 )
+from perception.weights import WeightsProvenance
 
 
 class Inner(Config):
@@ -87,26 +85,6 @@ def test_numbers_of_random_weights_are_refused(tmp_path):
     ):
         write_result(tmp_path / "metrics.json", result(weights=WeightsProvenance.random()))
     assert not (tmp_path / "metrics.json").exists()
-
-
-def test_weights_are_named_by_their_hash(tmp_path):
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"weights" * 300_000)
-    provenance = WeightsProvenance.of_file(weights)
-    assert provenance.sha256 == hashlib.sha256(b"weights" * 300_000).hexdigest()
-    assert (provenance.kind, provenance.note) == ("file", "model.safetensors")
-    write_result(tmp_path / "metrics.json", result(weights=provenance))
-    assert read_result(tmp_path / "metrics.json").weights == provenance
-    with pytest.raises(DataError, match=r"absent.safetensors: No such file"):
-        WeightsProvenance.of_file(tmp_path / "absent.safetensors")
-
-
-@pytest.mark.parametrize(
-    "fields", [{"kind": "file"}, {"kind": "none", "sha256": "0" * 64}, {"kind": "file", "sha256": "abc"}]
-)
-def test_a_hash_belongs_to_a_file(fields):
-    with pytest.raises(ValidationError):
-        WeightsProvenance(**fields)
 
 
 def git(root, *arguments):

@@ -1,0 +1,354 @@
+"""Weights files: safetensors with a manifest, loaded strictly; official checkpoints converted to them.
+
+The manifest, JSON under `manifest` in the file's metadata, says of which system the weights are, with which resolved
+configuration, by which version of this package they were written, and which file they were converted from. safetensors
+holds plain tensors: nothing in it is ever executed. Official checkpoints are pickles; they are read by torch's
+restricted unpickler, which makes nothing but tensors, containers and the few harmless types of `_HARMLESS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import perception
+from perception.config import Config, read_yaml
+from perception.errors import ConfigError, DataError, PerceptionError
+
+CONVERTERS = {"sparsefusion": "perception.networks.sparsefusion:SparseFusion"}
+"""System with official checkpoints -> module:Class; the module `official` beside it knows their keys and layouts."""
+
+# What mmcv's checkpoints hold beside tensors and containers: numbers of numpy.
+_HARMLESS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(t)) for t in (np.bool_, np.int32, np.int64, np.float32, np.float64)),
+    *((np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar") for core in ("numpy.core", "numpy._core")),
+    *((np.zeros(0).__reduce__()[0], f"{core}.multiarray._reconstruct") for core in ("numpy.core", "numpy._core")),
+]
+
+
+class WeightsProvenance(Config):
+    """Where a predictor's weights come from.
+
+    Attributes:
+        kind: `file`; `none` where there is nothing to learn; `random` where nothing was loaded.
+        sha256: of the file; None for the other kinds.
+        note: the file's name, or why there is none.
+    """
+
+    kind: Literal["file", "none", "random"]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _hash_belongs_to_a_file(self) -> WeightsProvenance:
+        if (self.sha256 is not None) != (self.kind == "file"):
+            raise ValueError(f"weights of kind {self.kind!r} with sha256 {self.sha256}: a file has one, nothing else")
+        return self
+
+    @staticmethod
+    def of_file(path: Path) -> WeightsProvenance:
+        """Hash a weights file. Raises DataError where it cannot be read."""
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}", "give the path of the weights file") from error
+        return WeightsProvenance(kind="file", sha256=digest.hexdigest(), note=path.name)
+
+    @staticmethod
+    def not_needed(reason: str) -> WeightsProvenance:
+        """For a predictor that has nothing to load: it repeats the truth, or solves a geometric problem."""
+        return WeightsProvenance(kind="none", note=reason)
+
+    @staticmethod
+    def random() -> WeightsProvenance:
+        """For a network that loaded nothing. Its results are not written."""
+        return WeightsProvenance(kind="random", note="initialised, never loaded")
+
+
+class Manifest(Config):
+    """What a weights file says of itself.
+
+    Attributes:
+        system: `sparsefusion`, ...
+        version: of this package, that wrote it.
+        config: the network's resolved configuration.
+        source: the official checkpoint that it was converted from; None for own training.
+    """
+
+    system: str
+    version: str
+    config: dict[str, Any]
+    source: WeightsProvenance | None = None
+
+
+def write_weights(
+    path: Path,
+    state: Mapping[str, Tensor],
+    config: Config,
+    dtype: torch.dtype | None = None,
+    source: WeightsProvenance | None = None,
+) -> None:
+    """Write a state with its manifest, whole or not at all.
+
+    Args:
+        path: of the `.safetensors` file; its folder is made.
+        state: name -> tensor, on any device.
+        config: the network's resolved configuration; its `name` is the system.
+        dtype: floating-point tensors are stored in it; None keeps theirs.
+        source: the official checkpoint that the state comes from.
+
+    Raises:
+        PerceptionError: a value is not finite, in `dtype`.
+    """
+    stored = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in state.items()
+    }
+    _check_finite(stored, path, f"a value overflows {dtype}, or the training diverged" if dtype else "retrain")
+    settings = config.model_dump(mode="json", exclude={"weights"})
+    manifest = Manifest(system=settings["name"], version=perception.__version__, config=settings, source=source)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(save(stored, {"manifest": manifest.model_dump_json()}))
+    part.replace(path)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What a weights file says of itself.
+
+    Raises:
+        DataError: the file is missing, cut short, or not one of this package.
+    """
+    return _read(path, tensors=False)[1]
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Manifest]:
+    """Name -> tensor on the CPU, as stored, and the manifest. Raises DataError as `read_manifest`, and for a value that
+    is not finite."""
+    state, manifest = _read(path, tensors=True)
+    _check_finite(state, path, "the training diverged, or the file is damaged: give another")
+    return state, manifest
+
+
+def load_weights(module: nn.Module, path: Path) -> WeightsProvenance:
+    """Load a weights file into a network, every tensor of it and no other, and say where they come from.
+
+    Raises:
+        DataError: as `read_weights`; or tensors are missing, left over or of another shape, which are named.
+    """
+    state, manifest = read_weights(path)
+    load_state(module, state, f"{path} (written for {manifest.system})")
+    return WeightsProvenance.of_file(path)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """`module.load_state_dict`, strict, with an error that names the file and every kind of misfit.
+
+    Raises:
+        DataError: what does not fit.
+    """
+    misfit = Misfit.of(module, state)
+    if misfit:
+        raise DataError(
+            f"{where} does not fit the network: {misfit}",
+            "use it with the configuration it was written with: `perception weights show FILE` prints that",
+        )
+    module.load_state_dict(dict(state))
+
+
+def read_fitting(module: nn.Module, path: Path) -> str:
+    """Take from a weights file the tensors that are there and fit, to train on from them; the rest stays as it is.
+
+    Returns:
+        what was taken and what was not, in words.
+
+    Raises:
+        DataError: as `read_weights`; or nothing fits.
+    """
+    state, manifest = read_weights(path)
+    misfit = Misfit.of(module, state)
+    fitting = {name: t for name, t in state.items() if name not in {*misfit.unexpected, *misfit.misshaped}}
+    if not fitting:
+        raise DataError(
+            f"{path} (written for {manifest.system}): not one of {len(state)} tensors fits the network: {misfit}",
+            "give weights of the same system",
+        )
+    module.load_state_dict(fitting, strict=False)
+    return f"{len(fitting)} of {len(state)} tensors taken" + (f"; {misfit}" if misfit else "")
+
+
+class Misfit(NamedTuple):
+    """Names of tensors that keep a state from fitting a network; falsy where there are none.
+
+    Attributes:
+        missing: the network has them, the state does not.
+        unexpected: the other way round.
+        misshaped: name -> shape in the state and shape in the network.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @staticmethod
+    def of(module: nn.Module, state: Mapping[str, Tensor]) -> Misfit:
+        own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        return Misfit(
+            [name for name in own if name not in state],
+            [name for name in state if name not in own],
+            {n: (tuple(t.shape), own[n]) for n, t in state.items() if n in own and tuple(t.shape) != own[n]},
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshaped)
+
+    def __str__(self) -> str:
+        shapes = [f"{name} {given} for {own}" for name, (given, own) in self.misshaped.items()]
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
+        return "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names)
+
+
+class ConversionReport(NamedTuple):
+    """What became of an official checkpoint's tensors.
+
+    Attributes:
+        config: the configuration that it belongs to.
+        mapped: official key -> ours.
+        dropped: official key -> why.
+        layout: of its sparse kernels.
+        source: the checkpoint.
+    """
+
+    config: Config
+    mapped: dict[str, str]
+    dropped: dict[str, str]
+    layout: str
+    source: WeightsProvenance
+
+
+def convert_weights(system: str, path: Path, out: Path, config: Path | None = None) -> ConversionReport:
+    """Convert an official checkpoint (mmcv's .pth) to a weights file.
+
+    Args:
+        system: one of CONVERTERS.
+        path: the checkpoint.
+        out: the file to write.
+        config: a YAML file whose `predictor` it belongs to; None takes the released one that its keys tell.
+
+    Raises:
+        DataError: it is no such checkpoint, or does not fit; the tensors are named.
+    """
+    network_class, official = _converter(system)
+    state = read_checkpoint(path)
+    try:
+        settings = official.detect_config(state) if config is None else _predictor_config(config, system)
+        converted = official.convert(state, settings)
+    except DataError as error:
+        raise DataError(f"{path}: {error.what}", error.do) from error
+    misfit = Misfit.of(network_class(settings), converted.state)
+    if misfit:
+        raise DataError(
+            f"{path} does not fit the network of its configuration: {misfit}",
+            "give the released file, or with --config the configuration that it was trained with",
+        )
+    source = WeightsProvenance.of_file(path)
+    write_weights(out, converted.state, settings, source=source)
+    return ConversionReport(settings, converted.mapped, converted.dropped, converted.layout, source)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The `state_dict` of an mmcv checkpoint {meta, state_dict, optimizer}, read without unpickling code.
+
+    Raises:
+        DataError: it cannot be read, holds other than plain data, or has no state.
+    """
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", "give the path of the checkpoint") from error
+    except Exception as error:  # torch raises what its parts raise: zip, pickle, struct
+        raise DataError(f"{path}: {_why_unreadable(error)}", "give the file as its authors released it") from error
+    state = data.get("state_dict") if isinstance(data, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        kind = f"keys {_some([str(key) for key in data])}" if isinstance(data, Mapping) else type(data).__name__
+        raise DataError(
+            f"{path}: no checkpoint of mmcv, which has meta, state_dict and optimizer: this one has {kind}",
+            "give the file as its authors released it",
+        )
+    return dict(state)
+
+
+def _why_unreadable(error: Exception) -> str:
+    """torch's own message, without its advice to load the file unsafely."""
+    text = str(error)
+    for unsafe in ("Unsupported global: GLOBAL ", "Unsupported class "):
+        if unsafe in text:
+            return f"it holds {text.split(unsafe)[1].split()[0]}, which is neither a tensor nor plain data"
+    return f"not a whole file that torch wrote ({text.splitlines()[0] if text else type(error).__name__})"
+
+
+def _converter(system: str) -> tuple[type[nn.Module], ModuleType]:
+    if system not in CONVERTERS:
+        raise PerceptionError(
+            f"{system!r} has no official checkpoints to convert", f"systems that have: {', '.join(CONVERTERS)}"
+        )
+    package, _, name = CONVERTERS[system].partition(":")
+    network_class: type[nn.Module] = getattr(import_module(package), name)
+    return network_class, import_module(f"{package}.official")
+
+
+def _predictor_config(path: Path, system: str) -> Config:
+    from perception.predictor import predictor_config
+
+    config = predictor_config(read_yaml(path).get("predictor", {}), str(path))
+    if config.name != system:  # type: ignore[attr-defined]
+        raise ConfigError(f"{path}: its predictor is not {system}", "give a configuration of the checkpoint's system")
+    return config
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], Manifest]:
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            state = {name: stream.get_tensor(name) for name in stream.keys()} if tensors else {}  # noqa: SIM118
+        return state, Manifest.model_validate(json.loads(metadata["manifest"]))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", "give the path of a weights file") from error
+    except SafetensorError as error:
+        raise DataError(
+            f"{path}: not a whole safetensors file ({error})",
+            "copy it again; an official checkpoint (.pth) goes through `perception weights convert` first",
+        ) from error
+    except (KeyError, ValueError, ValidationError) as error:
+        raise DataError(
+            f"{path}: no manifest of this package in the file's metadata",
+            "give a file that `perception train` or `perception weights convert` wrote",
+        ) from error
+
+
+def _check_finite(state: Mapping[str, Tensor], path: Path, do: str) -> None:
+    broken = [n for n, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise DataError(f"{path}: values of {len(broken)} tensors are not finite: {_some(broken)}", do)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
