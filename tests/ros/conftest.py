@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -26,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if missing and Path(__file__).parent in item.path.parents:
             reason = f"no {' and '.join(missing)}: pip install -e '.[ros]' -e ros2_ws/src/perception_ros"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Killed processes leave their shared memory behind; `fastdds` removes what no process has open."""
+    fastdds = Path(sys.executable).with_name("fastdds")
+    if fastdds.exists() and not hasattr(session.config, "workerinput"):  # not in the workers of xdist
+        env = os.environ | {"PATH": f"{fastdds.parent}{os.pathsep}{os.environ['PATH']}"}
+        subprocess.run([str(fastdds), "shm", "clean"], env=env, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="session")
