@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -213,7 +214,7 @@ class Misfit(NamedTuple):
         return Misfit(
             [name for name in own if name not in state],
             [name for name in state if name not in own],
-            {n: (tuple(t.shape), own[n]) for n, t in state.items() if n in own and tuple(t.shape) != own[n]},
+            {n: (tuple(state[n].shape), s) for n, s in own.items() if n in state and tuple(state[n].shape) != s},
         )
 
     def __bool__(self) -> bool:
@@ -299,9 +300,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def _why_unreadable(error: Exception) -> str:
     """torch's own message, without its advice to load the file unsafely."""
     text = str(error)
-    for unsafe in ("Unsupported global: GLOBAL ", "Unsupported class "):
-        if unsafe in text:
-            return f"it holds {text.split(unsafe)[1].split()[0]}, which is neither a tensor nor plain data"
+    if found := re.search(r"nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", text):
+        return f"it holds {found[1]}, which is neither a tensor nor plain data"
     return f"not a whole file that torch wrote ({text.splitlines()[0] if text else type(error).__name__})"
 
 

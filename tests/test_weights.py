@@ -95,8 +95,7 @@ def test_every_kind_of_misfit_is_named_at_once(file: Path):
     text = str(caught.value)
     assert "small.safetensors (written for small) does not fit the network: 2 missing: extra.weight, extra.bias" in text
     assert "1 unexpected: 1.running_mean" in text
-    assert "5 of another shape: 0.weight (4, 3, 1, 1) for (5, 3, 1, 1)" not in text  # running_mean is not among them
-    assert "4 of another shape" in text or "of another shape: 0.weight (4, 3, 1, 1) for (5, 3, 1, 1)" in text
+    assert "5 of another shape: 0.weight (4, 3, 1, 1) for (5, 3, 1, 1), 0.bias (4,) for (5,)" in text
     assert torch.equal(network[0].weight, before)
 
 
@@ -113,7 +112,7 @@ def test_what_fits_is_taken_and_the_rest_told(file: Path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: None, r"absent or No such file|No such file"),
+        (lambda p: None, "No such file"),
         (lambda p: p.write_bytes(b"\x80\x02}q\x00."), "not a whole safetensors file .*\n.*perception weights convert"),
         (lambda p: save_file({"a": torch.ones(1)}, p), "no manifest of this package"),
         (lambda p: save_file({"a": torch.ones(1)}, p, {"manifest": '{"system": 3}'}), "no manifest of this package"),
@@ -129,7 +128,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path, make, message: str):
 def test_a_truncated_or_damaged_file_is_refused(file: Path):
     data = file.read_bytes()
     file.write_bytes(data[:-3])
-    with pytest.raises(DataError, match="small.safetensors: not a whole safetensors file"):
+    with pytest.raises(DataError, match=r"small.safetensors: not a whole safetensors file"):
         load_weights(small(), file)
     file.write_bytes(data[:-4] + np.float32(np.nan).tobytes())  # the last tensor's last value
     with pytest.raises(DataError, match="values of 1 tensors are not finite"):
@@ -222,7 +221,7 @@ def test_other_files_than_checkpoints_are_refused(tmp_path: Path):
     path = tmp_path / "epoch_6.pth"
     torch.save(checkpoint(), path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(DataError, match="epoch_6.pth: not a whole file that torch wrote"):
+    with pytest.raises(DataError, match=r"epoch_6.pth: not a whole file that torch wrote"):
         read_checkpoint(path)
     with pytest.raises(DataError, match=r"absent.pth: No such file"):
         read_checkpoint(tmp_path / "absent.pth")
@@ -235,5 +234,5 @@ def test_other_files_than_checkpoints_are_refused(tmp_path: Path):
 
 
 def test_a_system_without_checkpoints_is_told(tmp_path: Path):
-    with pytest.raises(PerceptionError, match="'msocc' has no official checkpoints to convert\n  .*sparsefusion"):
+    with pytest.raises(PerceptionError, match=r"'msocc' has no official checkpoints to convert\n  .*sparsefusion"):
         convert_weights("msocc", tmp_path / "a.pth", tmp_path / "b.safetensors")
