@@ -71,7 +71,11 @@ def load_predictor(config: Config, device: torch.device | str = "cpu", truths: D
     if isinstance(config, TruthEchoConfig):
         return TruthEcho(config, truths)
     module, _, cls = PREDICTORS[config.name].partition(":")  # type: ignore[attr-defined]
-    return load_network(getattr(import_module(module), cls), config, usable_device(device))
+    kind = getattr(import_module(module), cls)
+    if issubclass(kind, nn.Module):
+        return load_network(kind, config, usable_device(device))
+    predictor: Predictor = kind(config, usable_device(device))
+    return predictor
 
 
 class Network(Protocol):
