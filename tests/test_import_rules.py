@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -178,7 +179,10 @@ def test_the_core_needs_no_torch():
 
 def test_importing_everything_changes_nothing():
     """Neither a connection, nor an optional package, nor a global setting of torch, numpy or OpenCV."""
-    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES]
+    # Modules of Triton kernels need Triton to define them; what calls them imports them where it is installed.
+    kernels = [] if find_spec("triton") else [path for path in MODULES if "import triton" in path.read_text()]
+    modules = [path for path in MODULES if path not in kernels]
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in modules]
     state = in_a_fresh_process(
         "import json, os, socket, sys, cv2, numpy, torch\n"
         "def forbidden(*a, **k): raise AssertionError('a connection at import')\n"

@@ -18,9 +18,9 @@ Facts of the format:
   to be given. An `indice_key` names a `SparseConv3d` whose sites a `SparseInverseConv3d` restores.
 * No sites at all is a valid input everywhere, and keeps every parameter in the graph.
 
-Backends: `torch` (any device and dtype, deterministic: the oracle, and the default on the CPU) and `spconv` (float32
-and float16 on CUDA, fast). `auto` takes spconv where it is installed and fits, unless
-`torch.use_deterministic_algorithms` is on.
+Backends: `torch` (any device and dtype, deterministic: the oracle, and the default on the CPU), `triton` (CUDA, no
+gradients: the fast one for inference) and `spconv` (float32 and float16 on CUDA, fast in training). On CUDA `auto`
+takes spconv where it is installed and fits, unless `torch.use_deterministic_algorithms` is on.
 """
 
 from __future__ import annotations

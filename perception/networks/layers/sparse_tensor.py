@@ -13,25 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.errors import PerceptionError
-from perception.networks.layers import sparse_spconv, sparse_torch
+from perception.networks.layers import sparse_spconv, sparse_torch, sparse_triton
 from perception.networks.layers.sparse_torch import Triple, site_keys
 
-Backend = Literal["auto", "torch", "spconv"]
+Backend = Literal["auto", "torch", "spconv", "triton"]
 
-BACKENDS: dict[str, ModuleType] = {"torch": sparse_torch, "spconv": sparse_spconv}
+BACKENDS: dict[str, ModuleType] = {"torch": sparse_torch, "spconv": sparse_spconv, "triton": sparse_triton}
 """Each offers `submanifold_map`, `strided_map` and `convolve`."""
 
 
 def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend's name, `auto` resolved. PerceptionError if spconv is asked for where it is absent or wrong."""
+    """The backend's name, `auto` resolved. PerceptionError if one is asked for where it is absent or wrong."""
     if backend == "auto":
-        suits = device.type == "cuda" and dtype in (torch.float32, torch.float16)
-        suits = suits and not torch.are_deterministic_algorithms_enabled() and sparse_spconv.installed_for_cuda()
+        if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+            return "torch"
+        suits = dtype in (torch.float32, torch.float16) and sparse_spconv.installed_for_cuda()
         return "spconv" if suits else "torch"
     if backend not in BACKENDS:
-        raise PerceptionError(f"sparse convolution: unknown backend {backend!r}", "use 'auto', 'torch' or 'spconv'")
-    if backend == "spconv":
-        sparse_spconv.check_usable(device, dtype)
+        raise PerceptionError(
+            f"sparse convolution: unknown backend {backend!r}", "use 'auto', 'torch', 'spconv' or 'triton'"
+        )
+    if backend != "torch":
+        BACKENDS[backend].check_usable(device, dtype)
     return backend
 
 
@@ -42,7 +45,7 @@ class Sites:
         indices: (V, 4) int32 (batch, z, y, x).
         spatial_shape: the grid's size (z, y, x).
         batch_size: grids in the batch.
-        backend: "torch" or "spconv".
+        backend: "torch", "spconv" or "triton".
     """
 
     def __init__(self, indices: Tensor, spatial_shape: Triple, batch_size: int, backend: str) -> None:
@@ -132,7 +135,7 @@ class SparseTensor:
 
     @property
     def backend(self) -> str:
-        """ "torch" or "spconv"."""
+        """ "torch", "spconv" or "triton"."""
         return self.sites.backend
 
     def __repr__(self) -> str:

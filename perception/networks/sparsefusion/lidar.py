@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.networks.layers.sparse import (
+    Backend,
     SparseConv3d,
     SparseModule,
     SparseSequential,
@@ -71,11 +72,13 @@ class SparseEncoder(SparseModule):
     Attributes:
         spatial_shape: the grid (z, y, x); one layer higher than the voxels', as in SECOND.
         channels: of the BEV map.
+        backend: of the sparse convolutions.
     """
 
     def __init__(self, config: LidarConfig) -> None:
         super().__init__()
         nx, ny, nz = config.grid
+        self.backend: Backend = "auto"
         self.spatial_shape = (nz + 1, ny, nx)
         first, *wider = config.encoder_channels
         self.input = _unit(SubMConv3d(POINT_CHANNELS, first, 3, bias=False))
@@ -95,8 +98,8 @@ class SparseEncoder(SparseModule):
     def forward(self, voxels: Tensor, coordinates: Tensor, batch_size: int) -> Tensor:
         """(V, 5), (V, 4) int32 batch, z, y, x -> (B, out_channels * Z, Y, X)."""
         # The sites are those that voxelisation made; checking them would cost a sort and make the host wait.
-        sites = Sites(coordinates, self.spatial_shape, batch_size, choose_backend("auto", voxels.device, voxels.dtype))
-        x = self.input(SparseTensor.at(sites, voxels, {}))
+        backend = choose_backend(self.backend, voxels.device, voxels.dtype)
+        x = self.input(SparseTensor.at(Sites(coordinates, self.spatial_shape, batch_size, backend), voxels, {}))
         for stage in self.stages:
             x = stage(x)
         return self.output(x).to_dense().flatten(1, 2)
