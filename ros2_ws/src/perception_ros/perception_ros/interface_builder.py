@@ -87,8 +87,15 @@ def _compile(package: str, generated: Path, prefix: Path) -> Path:
         subprocess.run(command, check=True, capture_output=True)  # noqa: S603
         return str(target)
 
+    # One source for all of a kind whose names do not collide: the headers are most of the work.
+    joint = {"types.cpp": "*.cpp", "python.c": "*_s.c"}
+    sources = set(generated.rglob("*.c"))
+    for name, pattern in joint.items():
+        parts = set(generated.rglob(pattern))
+        sources = sources - parts | {generated / name}
+        (generated / name).write_text("".join(f'#include "{part}"\n' for part in sorted(parts)))
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, [*generated.rglob("*.c"), *generated.rglob("*.cpp")]))
+        objects = list(pool.map(compiled, sorted(sources)))
     lib = prefix / "lib"
     packages = sorted({path.parts[-3] for path in prefix.glob("share/*/msg/*.msg")})
     names = [*(f"{name}__{kind}" for name in packages for kind in LIBRARY_KINDS), *RUNTIME_LIBRARIES]

@@ -73,7 +73,7 @@ def add_package(package: str, definitions: Mapping[str, str]) -> Path:
 
 
 def _build(package: str, definitions: Mapping[str, str], folder: Path) -> None:
-    sys.stderr.write(f"building the ROS messages of {package} into {folder}, once (about 20 s) ...\n")
+    sys.stderr.write(f"building the ROS messages of {package} into {folder}, once (about 10 s) ...\n")
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         root = Path(scratch) / folder.name
         (root / package / "msg").mkdir(parents=True)
