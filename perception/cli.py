@@ -23,6 +23,8 @@ from perception.types import Dataset, PointCloud
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench_app, name="bench")
+weights_app = typer.Typer(no_args_is_help=True, help="Convert the authors' checkpoints, look into weights files.")
+app.add_typer(weights_app, name="weights")
 out = Console()
 err = Console(stderr=True)
 
@@ -151,6 +153,30 @@ def predict(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A configuration (.yaml) with predictor and training.")],
+    folder: Annotated[Path, typer.Option("--out", help="Weights, checkpoint and log go here.")] = Path("out/train"),
+    device: DeviceOption = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so long, with a checkpoint.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Train a network; on N GPUs: torchrun --nproc-per-node N -m perception train CONFIG --device cuda."""
+    from perception.training.config import load_train_config
+    from perception.training.run import train as run
+
+    done = run(
+        load_train_config(config, set_ or []),
+        folder,
+        device,
+        resume=resume,
+        minutes=minutes,
+        report=lambda line: out.print(str(line), soft_wrap=True, highlight=False, markup=False),
+    )
+    out.print(f"{'wrote' if done else 'stopped early; wrote'} {folder / 'weights.safetensors'}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where the pictures and results go.")] = Path("out/demo"),
     rrd: RrdOption = False,
@@ -211,6 +237,31 @@ def synth(
     with _bar(f"writing {layout}") as advance:
         export(validate(ExportConfig, keys, "the command line"), root, advance)
     out.print(f"wrote {root}", soft_wrap=True, highlight=False)
+
+
+@weights_app.command("convert")
+def convert(
+    system: Annotated[str, typer.Argument(help="sparsefusion")],
+    file: Annotated[Path, typer.Argument(help="The authors' checkpoint (.pth).")],
+    path: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("converted.safetensors"),
+    config: Annotated[
+        Path | None, typer.Option(help="A configuration (.yaml) whose predictor it fits; else the released one.")
+    ] = None,
+) -> None:
+    """Bring an official checkpoint to our names and layouts; every tensor is mapped, or dropped with a reason."""
+    from perception.tables import conversion_table
+    from perception.weights import convert_weights
+
+    out.print(conversion_table(convert_weights(system, file, path, config)))
+    out.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+@weights_app.command("show")
+def show_weights(file: Annotated[Path, typer.Argument(help="A weights file (.safetensors).")]) -> None:
+    """Print what a weights file says of itself: system, configuration, origin."""
+    from perception.weights import read_manifest
+
+    out.print_json(read_manifest(file).model_dump_json())
 
 
 @bench_app.command("sparse")

@@ -14,6 +14,7 @@ from perception.evaluation.detection import DetectionScore
 from perception.evaluation.localization import LocalizationScore
 from perception.evaluation.occupancy import OccupancyScore
 from perception.inspection import Row
+from perception.weights import ConversionReport
 
 _STYLE = {"ok": "green", "off": "dim", "warn": "yellow", "fail": "bold red"}
 
@@ -36,6 +37,20 @@ def rows_table(rows: Sequence[Row]) -> Table:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(row.name, escape(row.facts) + (f" [yellow]{escape(row.warning)}[/]" if row.warning else ""))
+    return table
+
+
+def conversion_table(report: ConversionReport) -> Table:
+    """What became of an official checkpoint's tensors; the dropped ones by reason."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(justify="right")
+    table.add_column(overflow="fold")
+    changed = report.config.model_dump_json(exclude_unset=True)
+    table.add_row("", f"{report.source.note}, sha256 {report.source.sha256}")
+    table.add_row("", escape(f"configuration: the released one with {changed}; sparse kernels as of {report.layout}"))
+    table.add_row(str(len(report.mapped)), "tensors mapped")
+    for reason, keys in report.dropped_by_reason().items():
+        table.add_row(str(len(keys)), escape(f"dropped, {keys[0]} for one: {reason}"))
     return table
 
 

@@ -243,6 +243,13 @@ class ConversionReport(NamedTuple):
     layout: str
     source: WeightsProvenance
 
+    def dropped_by_reason(self) -> dict[str, list[str]]:
+        """Reason -> official keys."""
+        reasons: dict[str, list[str]] = {}
+        for key, reason in self.dropped.items():
+            reasons.setdefault(reason, []).append(key)
+        return reasons
+
 
 def convert_weights(system: str, path: Path, out: Path, config: Path | None = None) -> ConversionReport:
     """Convert an official checkpoint (mmcv's .pth) to a weights file.

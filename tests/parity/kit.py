@@ -62,7 +62,7 @@ class Kit:
             value = self._weight(name, tuple(shape))
             if name in adjust:
                 value = value * adjust[name][0] + adjust[name][1]
-            state[key] = torch.from_numpy(np.ascontiguousarray(value))
+            state[key] = torch.from_numpy(np.array(value))
         return state
 
     def _weight(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
