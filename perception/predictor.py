@@ -82,6 +82,7 @@ class Network(Protocol):
     """What an nn.Module offers beside training to be a predictor."""
 
     needs: Needs
+    output: Output
 
     def predict(self, sample: Sample) -> Prediction:
         """As in Predictor, without gradients."""
@@ -97,6 +98,7 @@ class NetworkPredictor:
 
     def __init__(self, network: Network, weights: WeightsProvenance) -> None:
         self.needs = network.needs
+        self.output = network.output
         self.weights = weights
         self.degraded = ""
         self._network = network

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,10 @@ class SparseFusion(nn.Module):
 
     Attributes:
         needs: what it reads of a sample; the ablations need one kind of sensor alone.
+        output: what it predicts.
     """
+
+    output: Literal["boxes"] = "boxes"
 
     def __init__(self, config: SparseFusionConfig) -> None:
         super().__init__()
