@@ -183,7 +183,7 @@ def _vehicle_jobs(stack: StackConfig, keys: Mapping[str, Any]) -> list[Job]:
     """The systems of a vehicle on a bag, each with the sensors that it reads, or on a data set."""
     found = dataset_config(keys, str(keys["root"]))
     echoes = any(isinstance(system.predictor, TruthEchoConfig) for system in stack.systems.values())
-    if echoes and stack.truths is None:
+    if echoes:  # of what is predicted on, whatever the node repeats
         stack = stack.model_copy(update={"truths": _seen_by(stack.vehicle, found)})
     return [
         Job(

@@ -37,8 +37,9 @@ import numpy as np
 
 from perception.config import Config
 from perception.errors import DataError
-from perception.evaluation.result import WeightsProvenance, library_versions, source
+from perception.evaluation.result import library_versions, source
 from perception.types import Array, Boxes3D, Localization, OccupancyGrid3D, Pose, Prediction, VoxelGrid
+from perception.weights import WeightsProvenance
 
 _FORMAT, _VERSION = "perception predictions", 1
 _MAX_VOXELS = 1 << 28
@@ -230,7 +231,7 @@ def _of_occupancy(occupancy: OccupancyGrid3D) -> dict[str, Any]:
 
 def _to_occupancy(entry: Mapping[str, Any], stamp_ns: int) -> OccupancyGrid3D:
     nx, ny, nz = entry["shape"]
-    if not 0 < nx * ny * nz <= _MAX_VOXELS:
+    if min(nx, ny, nz) < 1 or nx * ny * nz > _MAX_VOXELS:
         raise ValueError(f"a grid of {nx} x {ny} x {nz} voxels")
     (x, y, z), (dx, dy, dz) = entry["min_corner"], entry["voxel_size"]
     pose = Pose.from_matrix(np.array(entry["ego_from_grid"]))

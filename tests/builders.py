@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from perception.config import Config
 from perception.datasets.nuscenes_writer import NuScenesWriter
+from perception.datasets.rosbag import RosbagWriter
 from perception.errors import PerceptionError
 from perception.evaluation.detection_results import likely_attribute
+from perception.evaluation.result import WeightsProvenance
 from perception.networks.sparsefusion.config import SparseFusionConfig
 from perception.synthetic.city import CityConfig
-from perception.types import Boxes3D, CameraImage, PointCloud, Pose, Sample, Truth
+from perception.types import Boxes3D, CameraImage, Imu, Needs, Odometry, PointCloud, Pose, Sample, Truth
 
 CLASSES = (
     "car", "truck", "construction_vehicle", "bus", "trailer",
@@ -108,3 +111,116 @@ def tiny_sparsefusion(**keys: Any) -> SparseFusionConfig:
     image = {"backbone": "efficientnet_lite0", "canvas_px": (160, 96), "neck_channels": 8}
     size = {"channels": 16, "heads": 2, "feedforward_channels": 16, "queries": 10, "cameras": ("front", "back")}
     return SparseFusionConfig.model_validate({"lidar": lidar, "image": image, **size, **keys})
+
+
+class FingerprintConfig(Config):
+    """See Fingerprint."""
+
+    name: Literal["fingerprint"] = "fingerprint"
+
+
+class Fingerprint:
+    """Predicts a box for each reading, made of all its numbers: another sample gives other boxes.
+
+    A test that wants it sets PREDICTORS["fingerprint"] = "builders:Fingerprint".
+    """
+
+    output = "boxes"
+    needs = Needs(lidar=("x", "y", "z", "intensity", "time_lag"), radar=("rcs",), cameras=("front", "back"), sweeps=3)
+
+    def __init__(self, config: FingerprintConfig, device: object) -> None:
+        self.weights = WeightsProvenance.not_needed("it has nothing to learn")
+
+    def predict(self, sample: Sample) -> Boxes3D:
+        rows = [
+            _row(f"{kind}_{role}", cloud.xyz_ego(), cloud.ego_from_sensor, cloud.stamp_ns, *cloud.fields.values())
+            for kind, clouds in (("lidar", sample.lidars), ("radar", sample.radars))
+            for role, cloud in clouds.items()
+        ]
+        rows += [
+            _row(f"cam_{role}", image.rgb.reshape(-1, 3), image.ego_from_camera, image.stamp_ns, image.intrinsic)
+            for role, image in sample.cameras.items()
+        ]
+        for name, small in (("imu", sample.imu), ("odometry", sample.odometry)):
+            if small is not None:
+                rows.append(
+                    _row(name, small.angular_velocity, sample.odom_from_ego or Pose.identity(), 0, small.stamp_ns)
+                )
+        names, numbers = tuple(name for name, _ in rows), np.array([row for _, row in rows]).reshape(-1, 8)
+        size = np.abs(numbers[:, 3:6]) + 0.1
+        count = len(rows)
+        return Boxes3D(
+            numbers[:, :3], size, numbers[:, 6], numbers[:, 6:8], np.linspace(0.2, 0.9, count), np.arange(count),
+            names or ("nothing",), sample.stamp_ns,
+        )  # fmt: skip
+
+    def reset(self) -> None:
+        """It remembers nothing."""
+
+
+def _row(name: str, xyz: np.ndarray, pose: Pose, stamp_ns: int, *more: np.ndarray) -> tuple[str, list[float]]:
+    first = xyz.astype(np.float64).mean(0) + pose.translation if len(xyz) else pose.translation
+    spread = xyz.astype(np.float64).std(0) + pose.rotation[0] if len(xyz) else pose.rotation[0]
+    rest = sum(float(np.asarray(values, np.float64).sum()) for values in more)
+    return name, [*first.tolist(), *spread.tolist(), rest + len(xyz), stamp_ns % 10**9 / 1e9]
+
+
+BAG_START_NS = 1_700_000_000_000_000_000
+BAG_PERIOD_NS = 50_000_000
+
+
+def write_small_bag(root: Path, frames: int = 6, storage: Literal["mcap", "sqlite3"] = "mcap") -> Path:
+    """A bag of a turning vehicle: `top` at 20 Hz, two cameras (one in every other frame), a radar, IMU, odometry."""
+
+    def map_from_ego(stamp_ns: int) -> Pose:
+        t = (stamp_ns - BAG_START_NS) / 1e9
+        return Pose.from_yaw(0.3 * t, (100.0 + 8 * t, 50.0 + t * t, 0.2))
+
+    with RosbagWriter(root, storage) as writer:
+        writer.start(map_from_ego)
+        for k in range(frames):
+            stamp_ns = BAG_START_NS + k * BAG_PERIOD_NS
+            rng = np.random.default_rng(k)
+
+            def mounted(taken_ns: int, mount: Pose, stamp_ns: int = stamp_ns) -> Pose:
+                return map_from_ego(stamp_ns).inverse() @ map_from_ego(taken_ns) @ mount
+
+            def image(
+                lag_ns: int, mount: Pose, stamp_ns: int = stamp_ns, rng: np.random.Generator = rng
+            ) -> CameraImage:
+                view, taken = camera(stamp_ns=stamp_ns - lag_ns), stamp_ns - lag_ns
+                rgb = rng.integers(0, 256, view.rgb.shape, np.uint8)
+                return replace(view, rgb=rgb, ego_from_camera=mounted(taken, mount))
+
+            cameras = {"front": image(15_000_000, FRONT)}
+            if k % 2 == 0:
+                cameras["back"] = image(5_000_000, Pose.from_yaw(np.pi) @ FRONT)
+            xyz = rng.uniform(-30, 30, (40, 3)).astype(np.float32)
+            rcs = rng.uniform(-5, 30, 40).astype(np.float32)
+            taken = stamp_ns - 21_000_000
+            radar = PointCloud(xyz, {"rcs": rcs}, mounted(taken, Pose.from_yaw(0.0, (3.4, 0.0, 0.5))), taken)
+            stamps = stamp_ns - np.arange(40_000_000, -1, -10_000_000)
+            turning = np.tile([[0.0, 0.0, 0.3]], (len(stamps), 1)) + rng.normal(0, 0.01, (len(stamps), 3))
+            sample = Sample(
+                stamp_ns,
+                {"top": cloud(stamp_ns, 300, k)},
+                {"front": radar},
+                cameras,
+                imu=Imu(stamps, turning, np.tile([[0.0, 0.0, 9.81]], (len(stamps), 1))),
+                odometry=Odometry(stamps, np.tile([[8.0, 0.0, 0.0]], (len(stamps), 1)), turning),
+            )
+            writer.add(sample)
+    return root
+
+
+BAG_VEHICLE = """
+sensors:
+  lidars: {top: {topic: /lidar_top}}
+  radars: {front: {topic: /radar_front}}
+  cameras:
+    front: {topic: /cam_front/image_rect_compressed, rectified: true}
+    back: {topic: /cam_back/image_rect_compressed, rectified: true, tolerance_s: 0.03}
+systems:
+  fingerprint: {predictor: {name: fingerprint}}
+"""
+"""The vehicle of `write_small_bag`; its second camera is now and then missing from a sample."""
