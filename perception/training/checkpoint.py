@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perception.errors import DataError
 
@@ -57,11 +57,3 @@ def set_generator_states(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
-
-
-def load_fitting(network: nn.Module, state: dict[str, Tensor]) -> int:
-    """Take the tensors whose name and shape fit, and count them."""
-    own = network.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    network.load_state_dict(fitting, strict=False)
-    return len(fitting)

@@ -70,6 +70,14 @@ class Progress(NamedTuple):
     """Of the time, how much was spent waiting for data."""
     memory_gib: float
 
+    def __str__(self) -> str:
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
+        return (
+            f"step {self.step}  loss {sum(self.losses.values()):.3f}  {self.samples_per_s:.1f} samples/s, "
+            f"{100 * self.waiting_share:.0f} % waiting  gradient {self.gradient_norm:.2f}  lr x{self.lr_factor:.3g}  "
+            f"{self.memory_gib:.1f} GiB  {terms}"
+        )
+
 
 class Training:
     """A training under way.

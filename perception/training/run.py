@@ -1,0 +1,81 @@
+"""A training from its configuration to a weights file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from perception.config import Config
+from perception.datasets import open_dataset
+from perception.errors import ConfigError
+from perception.predictor import PREDICTORS
+from perception.synthetic.city import CityConfig
+from perception.training.config import TrainConfig
+from perception.training.data import batches
+from perception.training.distributed import Place, joined
+from perception.training.loop import Progress, Training
+from perception.types import Dataset, Needs
+from perception.weights import read_fitting, write_weights
+
+Report = Callable[[str | Progress], None]
+
+
+def train(
+    config: TrainConfig,
+    folder: Path,
+    device: str = "cpu",
+    *,
+    resume: bool = False,
+    minutes: float | None = None,
+    report: Report = lambda line: None,
+) -> bool:
+    """Train, and write `weights.safetensors` (float16), `checkpoint.pt` and the log into `folder`.
+
+    Args:
+        config: network and training.
+        folder: for all files.
+        device: `cuda` is this process's own GPU under torchrun.
+        resume: go on from the folder's checkpoint.
+        minutes: stop after so long, with a checkpoint.
+        report: called in the leading process with what happens.
+
+    Returns:
+        Whether the last step was made.
+    """
+    with joined(device) as place:
+        tell = report if place.leads else lambda line: None
+        torch.manual_seed(config.training.seed)  # the same network in every process
+        network = _network(config.predictor).to(place.device)
+        for path in config.training.weights:
+            tell(f"{path}: {read_fitting(network, path)}")
+        training = Training(network, config.training, place, folder, resume=resume, report=tell)
+        tell(f"{sum(p.numel() for p in network.parameters()):,} parameters, from step {training.step}")
+        source = _source(config.training.data, place)
+        needs: Needs = network.needs  # type: ignore[assignment]  # Trainable
+        stream = batches(config.training, source, needs, place, training.step)
+        done = training.run(stream, minutes)
+        if place.leads:
+            write_weights(folder / "weights.safetensors", training.weights, config.predictor, torch.float16)
+        return done
+
+
+def _network(config: Config) -> nn.Module:
+    """The network of a configuration, its parameters random; ConfigError where the system has nothing to train."""
+    name: str = config.name  # type: ignore[attr-defined]
+    module, _, cls = PREDICTORS[name].partition(":")
+    network = getattr(import_module(module), cls)
+    if not issubclass(network, nn.Module):
+        raise ConfigError(f"predictor.name: {name} has nothing to learn", "train a network, such as sparsefusion")
+    made: nn.Module = network(config)
+    return made
+
+
+def _source(config: Config, place: Place) -> Dataset | CityConfig:
+    """The data set, or the city, simulated on this process's own GPU where it asks for one."""
+    if not isinstance(config, CityConfig):
+        return open_dataset(config)
+    return config.model_copy(update={"device": str(place.device)}) if config.device == "cuda" else config
