@@ -84,6 +84,12 @@ class Draft:
             raise result
         return result
 
+    def frame_of(self, channel: str) -> str:
+        """The coordinate frame of a sensor whose message was decoded."""
+        reading = self.synced.matches[channel].payload.reading
+        assert reading is not None
+        return reading.frame
+
     def _try(self, vehicle: VehicleConfig, pool: Executor, deadline_s: float) -> Prepared | PerceptionError:
         try:
             return self._make(vehicle, pool, deadline_s)

@@ -70,6 +70,8 @@ class Intake:
         self._infos: dict[str, bytes] = {}
         self._newest_ns: dict[str, int] = {}  # of /tf, by child
         self._changed = threading.Condition()
+        self._generation = 0  # of what `wait_until` waits for
+        self._waiting: dict[int, int] = {}  # thread -> the generation that was not enough
 
     def watch(self, vehicle: VehicleConfig, offer: Callable[[Draft], None]) -> Synchronizer:
         """Offer the sets that a vehicle's part makes; parts that are equal share a Synchronizer and its Drafts."""
@@ -92,7 +94,7 @@ class Intake:
         try:
             header = read_header(raw)
         except ValueError as error:
-            self._refuse(topic, DataError(f"a message of {topic} is damaged: {error}", "check its publisher"))
+            self.refuse(topic, DataError(f"a message of {topic} is damaged: {error}", "check its publisher"))
             return
         received = Received(raw, time.monotonic())
         self._arrived(topic, header.stamp_ns)
@@ -125,7 +127,7 @@ class Intake:
                 self.frames.add(transform.parent, transform.child, transform.stamp_ns, transform.pose)
                 self._arrived(topic, transform.stamp_ns)
             except PerceptionError as error:
-                self._refuse(topic, error)
+                self.refuse(topic, error)
         self._notify()
 
     def take_camera_info(self, channel: str, sensor: CameraSensor, raw: bytes) -> None:
@@ -137,7 +139,7 @@ class Intake:
             message = self.deserialize("sensor_msgs/msg/CameraInfo", raw)
             self.models[channel] = decode_camera_info(message, sensor.rectified, sensor.balance, topic)
         except PerceptionError as error:
-            self._refuse(topic, error)
+            self.refuse(topic, error)
         self._infos[channel] = raw[12:]
         self._notify()
 
@@ -157,21 +159,34 @@ class Intake:
             try:
                 decode_odometry([message], vehicle.base_frame, topic)
             except PerceptionError as error:
-                self._refuse(topic, error)
+                self.refuse(topic, error)
                 return
             backlog.odometry.append(message)
 
     def wait_until(self, predicate: Callable[[], bool], deadline_s: float) -> bool:
         """Whether the predicate holds, at the latest at a time of time.monotonic(); asked whenever /tf says more."""
+        thread = threading.get_ident()
         with self._changed:
-            return self._changed.wait_for(predicate, max(deadline_s - time.monotonic(), 0.0))
+            try:
+                while not (holds := predicate()) and (left_s := deadline_s - time.monotonic()) > 0:
+                    self._waiting[thread] = self._generation
+                    self._changed.wait(left_s)
+                return holds
+            finally:
+                self._waiting.pop(thread, None)
+
+    def is_waited_on(self, thread: int | None) -> bool:
+        """Whether a thread (its `ident`) waits for more than has been taken so far."""
+        with self._changed:
+            return thread is not None and self._waiting.get(thread) == self._generation
 
     def _arrived(self, topic: str, stamp: int) -> None:
         arrivals = self.arrivals.setdefault(topic, Arrivals())
         arrivals.count += 1
         arrivals.last_s, arrivals.last_stamp_ns = time.monotonic(), stamp
 
-    def _refuse(self, topic: str, error: PerceptionError) -> None:
+    def refuse(self, topic: str, error: PerceptionError) -> None:
+        """Count a message that is of no use."""
         self.refused[topic] += 1
         self.last_fault = error
 
@@ -188,4 +203,5 @@ class Intake:
 
     def _notify(self) -> None:
         with self._changed:
+            self._generation += 1
             self._changed.notify_all()

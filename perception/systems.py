@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, SerializeAsAny
@@ -22,6 +22,7 @@ from perception.types import (
     IGNORE_LABEL,
     Boxes3D,
     CameraImage,
+    Dataset,
     Needs,
     OccupancyGrid3D,
     PointCloud,
@@ -63,8 +64,8 @@ class StackConfig(VehicleConfig):
     """A vehicle and the systems that run on it."""
 
     systems: dict[str, SystemConfig] = Field(min_length=1)
-    truths: SerializeAsAny[Config] | None = None
-    """The `dataset` whose truth `truth_echo` repeats."""
+    truths: Literal["demo_drive"] | SerializeAsAny[Config] | None = None
+    """The `dataset` whose truth `truth_echo` repeats, or the synthetic drive that is played without a bag."""
     transform_wait_s: float = Field(0.2, ge=0)
     """How long the live node waits for transforms that reach a sample's stamps."""
 
@@ -128,7 +129,7 @@ def load_systems(stack: StackConfig) -> list[System]:
     Raises:
         ConfigError: a predictor that needs what the vehicle does not have, or one whose weights are random.
     """
-    truths = open_dataset(stack.truths) if stack.truths is not None else None
+    truths = _open_truths(stack.truths)
     systems = []
     for name, config in stack.systems.items():
         predictor = load_predictor(config.predictor, config.device, truths)
@@ -142,6 +143,14 @@ def load_systems(stack: StackConfig) -> list[System]:
             System(name, config, predictor, narrow, _with_overlay(stack, narrow) if config.overlay else narrow)
         )
     return systems
+
+
+def _open_truths(truths: Literal["demo_drive"] | Config | None) -> Dataset | None:
+    if truths == "demo_drive":
+        from perception.synthetic.demo import demo_bag
+
+        truths = dataset_config({"name": "rosbag", "root": demo_bag()}, "the demo drive")
+    return open_dataset(truths) if truths is not None else None
 
 
 def vehicle_for(vehicle: VehicleConfig, config: SystemConfig, needs: Needs, where: str) -> VehicleConfig:

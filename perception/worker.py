@@ -123,6 +123,11 @@ class Worker:
         """Drafts offered that have met no fate yet: at most the one that waits and the one being worked on."""
         return self.offered - self.published - sum(self.dropped.values())
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing comes of what the intake has taken so far: idle, or waiting for more."""
+        return not self.in_hand or not self._thread.is_alive() or self._intake.is_waited_on(self._thread.ident)
+
     def _next(self) -> Draft | None:
         """The Draft that waits; None when it is time to stop."""
         with self._changed:
