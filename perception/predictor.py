@@ -20,7 +20,7 @@ from perception.config import Config, schema_of, validate
 from perception.device import usable_device
 from perception.errors import ConfigError, DataError
 from perception.types import IGNORE_LABEL, Boxes3D, Dataset, Localization, Needs, Prediction, Sample
-from perception.weights import WeightsProvenance
+from perception.weights import WeightsProvenance, load_weights
 
 PREDICTORS = {
     "truth_echo": "perception.predictor:TruthEcho",
@@ -40,11 +40,13 @@ class Predictor(Protocol):
         needs: what it reads of a sample.
         output: which kind of prediction it makes.
         weights: where its numbers come from; a result file records it.
+        degraded: what the last prediction had to do without ("camera back missing"), "" if nothing.
     """
 
     needs: Needs
     output: Output
     weights: WeightsProvenance
+    degraded: str
 
     def predict(self, sample: Sample) -> Prediction:
         """The prediction for one sample, in ego at the sample's stamp. An empty cloud gives an empty prediction."""
@@ -88,6 +90,10 @@ class Network(Protocol):
         """As in Predictor, without gradients."""
         ...
 
+    def accelerate(self) -> None:
+        """Called once, when the weights and the device are final: predictions may run in another way from now on."""
+        ...
+
     def degraded(self, sample: Sample) -> str:
         """As in Predictor, of a prediction for this sample."""
         ...
@@ -120,8 +126,6 @@ def load_network(network: type[nn.Module], config: Config, device: torch.device)
         ConfigError: it names none.
         DataError: a file that is not there, or whose weights do not fit the configuration.
     """
-    from perception.weights import load_weights
-
     path: Path | None = config.weights  # type: ignore[attr-defined]
     name: str = config.name  # type: ignore[attr-defined]
     if path is None:
@@ -132,7 +136,8 @@ def load_network(network: type[nn.Module], config: Config, device: torch.device)
         )
     module = network(config)
     weights = load_weights(module, path)
-    return NetworkPredictor(module.to(device).eval(), weights)  # type: ignore[arg-type]
+    module.to(device).eval().accelerate()  # type: ignore[operator]
+    return NetworkPredictor(module, weights)  # type: ignore[arg-type]
 
 
 class TruthEchoConfig(Config):
