@@ -144,12 +144,15 @@ class Diagnostics:
             times = [1e3 * stages[name] for stages in recent if name in stages]
             p50, p95 = np.percentile(times, [50, 95])
             values[f"{name}_ms"] = f"p50 {p50:.1f}, p95 {p95:.1f}"
-        faults = getattr(system.predictor, "warnings", {})
-        values |= {f"predictor.{name}": count for name, count in faults.items()}
+        degraded = system.predictor.degraded
+        if degraded:
+            values["degraded"] = degraded
         if worker.last_error is not None:
             stamp, error = worker.last_error
             values["last_error"] = f"at {stamp / 1e9:.3f} s: {type(error).__name__}: {error}"
         level, message = self._verdict(worker, now_s, [stages["end_to_end"] for stages in recent])
+        if level == OK and degraded and recent:
+            level, message = WARN, f"predictions do without: {degraded}"
         return status(f"system {system.name}", level, message or f"{rate:.1f} Hz", values)
 
     def _verdict(self, worker: Worker, now_s: float, ages_s: Sequence[float]) -> tuple[bytes, str]:
