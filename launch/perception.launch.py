@@ -5,6 +5,7 @@ From a bag:         bag:=drive.mcap config:=my_vehicle.yaml
 With nothing given: the synthetic city is made once, and played in a loop.
 """
 
+import os
 from pathlib import Path
 from shutil import which
 
@@ -26,6 +27,8 @@ from perception.errors import PerceptionError
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "configs"
+FAST_DDS_2 = os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy")
+PROFILE_VARIABLE = "FASTRTPS_DEFAULT_PROFILES_FILE" if FAST_DDS_2 else "FASTDDS_DEFAULT_PROFILES_FILE"
 
 
 def generate_launch_description():
@@ -100,8 +103,7 @@ def arrange(context):
     profile = Path(value("profile"))
     memory = shared_memory(profile)
     actions = [
-        SetEnvironmentVariable("FASTDDS_DEFAULT_PROFILES_FILE", str(profile)),  # Fast DDS 3: Kilted and later
-        SetEnvironmentVariable("FASTRTPS_DEFAULT_PROFILES_FILE", str(profile)),  # Fast DDS 2: Humble, Jazzy
+        SetEnvironmentVariable(PROFILE_VARIABLE, str(profile)),
     ]
     if memory.status != "ok":
         actions.append(LogInfo(msg=f"WARNING: shared memory: {memory.detail}\n  {memory.fix}"))

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
 os.environ["ROS_DOMAIN_ID"] = str(1 + (os.getppid() * 8 + int(_worker)) % 100)  # above 101 ports may collide on Linux
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
-for _variable in ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"):
-    os.environ[_variable] = str(ROOT / "configs" / "fastdds_shm.xml")
+_fast_dds = "FASTRTPS" if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy") else "FASTDDS"
+os.environ[f"{_fast_dds}_DEFAULT_PROFILES_FILE"] = str(ROOT / "configs" / "fastdds_shm.xml")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -67,10 +67,16 @@ def test_nothing_given_is_the_demo_in_simulated_time():
     assert list(started) == ["perception", "perception_play"]
     command, env = started["perception"]
     assert parameters(command) == {f"config:={ROOT / 'configs' / 'vehicle.yaml'}", "use_sim_time:=true"}
-    assert env["FASTDDS_DEFAULT_PROFILES_FILE"] == env["FASTRTPS_DEFAULT_PROFILES_FILE"]
-    assert Path(env["FASTDDS_DEFAULT_PROFILES_FILE"]).is_file()
+    assert env == {"FASTDDS_DEFAULT_PROFILES_FILE": str(ROOT / "configs" / "fastdds_shm.xml")}
     play, play_env = started["perception_play"]
     assert play[:3] == ["--rate", "1.0", "--loop"] and play_env == env  # the segment is the writer's
+
+
+@pytest.mark.parametrize(("distro", "variable"), [("humble", "FASTRTPS"), ("jazzy", "FASTRTPS"), ("kilted", "FASTDDS")])
+def test_the_profile_goes_to_the_variable_that_the_distributions_fast_dds_reads(monkeypatch, distro, variable):
+    monkeypatch.setenv("ROS_DISTRO", distro)
+    _, env = nodes("perception", config="car.yaml", rviz="false")["perception"]
+    assert list(env) == [f"{variable}_DEFAULT_PROFILES_FILE"]
 
 
 def test_a_bag_is_played_once():
