@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception.geometry import transform_boxes, wrap_angle
+from perception.networks.layers.attention import full_precision
 from perception.networks.sparsefusion.config import LidarConfig, SparseFusionConfig
 from perception.networks.sparsefusion.tensors import BoxPrediction, Candidates, Outputs
 from perception.types import Array, Boxes3D, Pose
@@ -52,9 +53,10 @@ def decode_boxes(prediction: BoxPrediction, lidar: LidarConfig) -> Tensor:
     """(B, Q, 9) boxes of a layer's prediction, in float32 at least."""
     center, height, dim, rot, vel = (full_precision(p).transpose(1, 2) for p in prediction[:5])  # each (B, Q, values)
     size = dim.exp()
-    corner = center.new_tensor(lidar.range_m[:2])
+    # The corner enters number by number: a tensor made of them on the host would make it wait for the device.
+    x, y = (center[..., i : i + 1] * lidar.cell_m + lidar.range_m[i] for i in (0, 1))
     theta = torch.atan2(rot[..., :1], rot[..., 1:])
-    return torch.cat([center * lidar.cell_m + corner, height - size[..., 2:] / 2, size, theta, vel], -1)
+    return torch.cat([x, y, height - size[..., 2:] / 2, size, theta, vel], -1)
 
 
 def prediction_code(prediction: BoxPrediction) -> Tensor:
@@ -163,8 +165,3 @@ def _own_class(candidates: Candidates) -> Tensor:
     """(B, C, Q) the candidates' scores at their own class, 0 elsewhere."""
     one_hot = F.one_hot(candidates.label, candidates.score.shape[1]).transpose(1, 2)
     return full_precision(candidates.score) * one_hot
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """In float32 where it is in half precision, which has too few digits for a place on the map."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

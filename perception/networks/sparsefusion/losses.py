@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perception.networks.sparsefusion.boxes import full_precision, prediction_code
+from perception.networks.layers.attention import full_precision
+from perception.networks.sparsefusion.boxes import prediction_code
 from perception.networks.sparsefusion.config import SparseFusionConfig
 from perception.networks.sparsefusion.matching import FOCAL_ALPHA, FOCAL_GAMMA, assign, box_cost, image_cost
+from perception.networks.sparsefusion.pyramid import valid_tokens
 from perception.networks.sparsefusion.targets import BoxTargets, ImageTargets, Targets, level_shapes
 from perception.networks.sparsefusion.tensors import BoxPrediction, Calibration, ImagePrediction, Outputs
 
@@ -71,7 +73,7 @@ def losses(
     if outputs.lidar_heatmap is not None and targets.lidar_heatmap is not None:
         terms["lidar_heatmap"] = _HEATMAP_WEIGHT * _heatmap_loss(outputs.lidar_heatmap, targets.lidar_heatmap)
     if outputs.image_heatmap is not None and targets.image_heatmap is not None and calibration is not None:
-        seen = image_tokens(calibration, config)[:, None]
+        seen = valid_tokens(level_shapes(config.image.canvas_px), calibration)[:, None]
         terms["image_heatmap"] = _HEATMAP_WEIGHT * _heatmap_loss(outputs.image_heatmap, targets.image_heatmap, seen)
     for name in ("point", "view", "fusion"):
         prediction, matched = getattr(outputs, name), getattr(matches, name)
@@ -80,17 +82,6 @@ def losses(
     if outputs.image is not None and targets.image is not None and matches.image is not None:
         terms |= {f"image_{k}": v for k, v in _image_losses(outputs.image, targets.image, matches.image).items()}
     return terms
-
-
-def image_tokens(calibration: Calibration, config: SparseFusionConfig) -> Tensor:
-    """(B, K, T) bool: the tokens on which the image lies, of cameras that are present."""
-    masks = []
-    for level, (height, width) in enumerate(level_shapes(config.image.canvas_px)):
-        limit = calibration.valid_px // (4 * 2**level)  # (B, K, 2); a cell half beyond the image is left out
-        x = torch.arange(width, device=limit.device) < limit[..., :1]
-        y = torch.arange(height, device=limit.device) < limit[..., 1:]
-        masks.append((y[..., :, None] & x[..., None, :]).flatten(2))
-    return torch.cat(masks, 2) & calibration.present[..., None]
 
 
 def _heatmap_loss(logit: Tensor, target: Tensor, counts: Tensor | None = None) -> Tensor:

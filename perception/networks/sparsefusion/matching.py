@@ -14,7 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from perception.errors import PerceptionError
-from perception.networks.sparsefusion.boxes import full_precision, prediction_code
+from perception.networks.layers.attention import full_precision
+from perception.networks.sparsefusion.boxes import prediction_code
 from perception.networks.sparsefusion.config import LidarConfig
 from perception.networks.sparsefusion.iou import iou_3d
 from perception.networks.sparsefusion.targets import BoxTargets, ImageTargets

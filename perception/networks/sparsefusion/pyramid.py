@@ -41,15 +41,22 @@ def pyramid(levels: list[Tensor], calibration: Calibration) -> Pyramid:
     batch, views = calibration.present.shape
     shapes = tuple((level.shape[-2], level.shape[-1]) for level in levels)
     tokens = torch.cat([level.flatten(2) for level in levels], -1).transpose(1, 2).unflatten(0, (batch, views))
-    positions, valid = [], []
-    for index, (height, width) in enumerate(shapes):
+    positions = []
+    for height, width in shapes:
         column, row = cells(height, width, calibration.valid_px.device)
         center = column.to(calibration.intrinsic.dtype) + 0.5, row.to(calibration.intrinsic.dtype) + 0.5
         positions.append(torch.stack((center[0] / width, center[1] / height), -1))
+    return Pyramid(tokens, shapes, torch.cat(positions), valid_tokens(shapes, calibration))
+
+
+def valid_tokens(shapes: Shapes, calibration: Calibration) -> Tensor:
+    """(B, K, T) bool: tokens wholly within the image (not the canvas' padding) of a camera that is present."""
+    valid = []
+    for index, (height, width) in enumerate(shapes):
+        column, row = cells(height, width, calibration.valid_px.device)
         filled = calibration.valid_px.div(IMAGE_STRIDE * 2**index, rounding_mode="floor")[:, :, None]  # (B, K, 1, 2)
         valid.append((column < filled[..., 0]) & (row < filled[..., 1]))
-    within = torch.cat(valid, -1) & calibration.present[..., None]
-    return Pyramid(tokens, shapes, torch.cat(positions), within)
+    return torch.cat(valid, -1) & calibration.present[..., None]
 
 
 def cells(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:

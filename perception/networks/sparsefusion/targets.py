@@ -22,13 +22,13 @@ from perception.errors import DataError
 from perception.geometry import box_corners, project, transform_boxes
 from perception.networks.sparsefusion.boxes import encode_boxes, network_rows
 from perception.networks.sparsefusion.config import ImageConfig, SparseFusionConfig
+from perception.networks.sparsefusion.pyramid import IMAGE_STRIDE
 from perception.networks.sparsefusion.tensors import Calibration
 from perception.types import Array, Boxes3D, Pose, Truth
 
 LEVEL_SIZES_PX = (48.0, 96.0, 192.0)
 """A box whose longer side in the image is below the first lies on level 0, below the second on level 1, and so on."""
 
-_LEVEL_0_STRIDE = 4  # px
 _MIN_OVERLAP = 0.1
 _MIN_RADIUS, _MAX_RADIUS = 2, 999
 
@@ -147,8 +147,8 @@ def image_heatmap(boxes: ImageTargets, config: SparseFusionConfig) -> Tensor:
     thresholds = boxes.code.new_tensor(LEVEL_SIZES_PX)
     level = torch.bucketize(boxes.size_px.amax(-1).contiguous(), thresholds, right=True)
     # The radius of the finest level, halved for each coarser one: there it may fall below the least radius.
-    radius = _gaussian_radius(boxes.size_px / _LEVEL_0_STRIDE) >> level
-    stride = _LEVEL_0_STRIDE * 2**level
+    radius = _gaussian_radius(boxes.size_px / IMAGE_STRIDE) >> level
+    stride = IMAGE_STRIDE * 2**level
     center_px = boxes.code[..., :2] * boxes.code.new_tensor(canvas)
     x, y = (center_px / stride[..., None]).floor().long().unbind(-1)
     sample = torch.arange(len(x), device=x.device)[:, None]
@@ -159,12 +159,12 @@ def image_heatmap(boxes: ImageTargets, config: SparseFusionConfig) -> Tensor:
     return _draw_peaks(flat, row * shape[3] + tokens[level], extent, x, y, radius, boxes.exists).view(shape)
 
 
-def level_shapes(canvas_px: tuple[int, int]) -> list[tuple[int, int]]:
+def level_shapes(canvas_px: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     """(rows, columns) of the pyramid's levels."""
-    shapes = [(-(-canvas_px[1] // _LEVEL_0_STRIDE), -(-canvas_px[0] // _LEVEL_0_STRIDE))]
+    shapes = [(-(-canvas_px[1] // IMAGE_STRIDE), -(-canvas_px[0] // IMAGE_STRIDE))]
     for _ in LEVEL_SIZES_PX:
         shapes.append((-(-shapes[-1][0] // 2), -(-shapes[-1][1] // 2)))
-    return shapes
+    return tuple(shapes)
 
 
 def _gaussian_radius(size: Tensor) -> Tensor:
