@@ -182,12 +182,14 @@ def vehicle_for(vehicle: VehicleConfig, config: SystemConfig, needs: Needs, wher
         radars.setdefault(role, have.radars[role])
     else:
         cameras.setdefault(role, have.cameras[role])
-    update = {
+    update: dict[str, Any] = {
         "sensors": Sensors(lidars=lidars, radars=radars, cameras=cameras),
         "anchor": anchor,
         "sweeps": needs.sweeps,
         "wait_s": vehicle.wait_s if config.wait_s is None else config.wait_s,
     }
+    if not needs.motion:
+        update |= {"odometry_topic": None, "imu_topic": None, "gnss_topic": None}
     return vehicle.model_copy(update=update)
 
 

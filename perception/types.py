@@ -613,6 +613,7 @@ class Needs:
         cameras: roles needed.
         sweeps: sweeps to accumulate into each cloud, the key frame included.
         anchor: kind of sensor whose stamp makes a sample.
+        motion: whether it reads IMU, odometry and GNSS.
     """
 
     lidar: tuple[str, ...] | None = None
@@ -620,6 +621,7 @@ class Needs:
     cameras: tuple[str, ...] = ()
     sweeps: int = 1
     anchor: Anchor = "lidar"
+    motion: bool = False
 
 
 @runtime_checkable

@@ -175,7 +175,8 @@ class Diagnostics:
                 level,
                 f"{what} (worst {1e3 * max(late):.0f} ms): use a faster device, or set systems.{name}.max_rate_hz",
             )
-        return OK, ""
+        degraded = worker.system.predictor.degraded
+        return (WARN, f"predicts without all it needs: {degraded}") if degraded and ages_s else (OK, "")
 
     def _counts_since(self, worker: Worker) -> dict[str, int]:
         """Reason -> Drafts dropped for it since the last time."""

@@ -70,15 +70,18 @@ class Inputs:
         for system in systems:
             for channel, sensor in system.watched.sensors.channels.items():
                 self._listen_to_sensor(channel, sensor)
-        vehicle = systems[0].vehicle
         self._listen(TF_TOPIC, TRANSFORMS, TF_QOS, self._decoded(intake.take_transforms, TRANSFORMS, static=False))
         self._listen(
             TF_STATIC_TOPIC, TRANSFORMS, TF_STATIC_QOS, self._decoded(intake.take_transforms, TRANSFORMS, static=True)
         )
-        small = ((vehicle.imu_topic, IMU, intake.take_imu), (vehicle.gnss_topic, GNSS, intake.take_gnss))
-        for topic, message_type, take in (*small, (vehicle.odometry_topic, ODOMETRY, intake.take_odometry)):
-            if topic is not None:
-                self._listen(topic, message_type, FAST_QOS, self._decoded(take, message_type))
+        for vehicle in (system.vehicle for system in systems):
+            for topic, message_type, take in (
+                (vehicle.imu_topic, IMU, intake.take_imu),
+                (vehicle.gnss_topic, GNSS, intake.take_gnss),
+                (vehicle.odometry_topic, ODOMETRY, intake.take_odometry),
+            ):
+                if topic is not None:
+                    self._listen(topic, message_type, FAST_QOS, self._decoded(take, message_type))
 
     def close(self) -> None:
         """Listen no more."""
