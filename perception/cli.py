@@ -94,6 +94,7 @@ def inspect(
 def evaluate(
     config: Annotated[Path, typer.Argument(help="A configuration (.yaml) with dataset, predictor and benchmark.")],
     data: Annotated[Path | None, typer.Option(help="The data set's root: --set dataset.root=...")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The predictor's weights: --set predictor.weights=...")] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Score these files (the benchmark's own format) instead of a predictor.")
     ] = None,
@@ -109,7 +110,9 @@ def evaluate(
     from perception.evaluation.run import load_run_config
     from perception.tables import score_table
 
-    run_config = load_run_config(config, ([f"dataset.root={data}"] if data else []) + (set_ or []))
+    given = {"dataset.root": data, "predictor.weights": weights}
+    sets = [f"{key}={value}" for key, value in given.items() if value is not None] + (set_ or [])
+    run_config = load_run_config(config, sets)
     score, result = run(
         run_config, folder, predictions=predictions, subset=subset, limit=limit, device=device, progress=_progress
     )
