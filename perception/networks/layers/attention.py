@@ -7,8 +7,8 @@ Deformable DETR, 2021): a query looks at a few points around its reference in ev
 Tokens of a view: all levels of its pyramid one after the other, finest first, each row by row. A pyramid has K views;
 a query looks into one of them.
 
-The sampling runs as one fused Triton kernel on CUDA devices where Triton is installed, else in PyTorch; both give the
-same result up to rounding (see `deformable_triton`).
+The sampling runs as a fused Triton kernel on CUDA devices where Triton is installed, else (and in float64) in PyTorch;
+both give the same result up to rounding (see `deformable_triton`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 Shapes = tuple[tuple[int, int], ...]
 """(height, width) of every level of a pyramid."""
+
+_TRITON = importlib.util.find_spec("triton") is not None
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -127,7 +129,7 @@ def sample_pyramid(
     Returns:
         (B, N, h * D) in the type of `weights`.
     """
-    if value.is_cuda and importlib.util.find_spec("triton") is not None:
+    if value.is_cuda and value.dtype != torch.float64 and _TRITON:
         from perception.networks.layers.deformable_triton import sample_pyramid_triton
 
         return sample_pyramid_triton(value, shapes, reference, offsets, weights, view)

@@ -114,10 +114,10 @@ class SemanticTransfer(nn.Module):
         """The visible cells of each view, with the strongest of what the levels show there added to their feature."""
         cell, valid = visible_cells(sight.visible, number)
         index, padding = cell.clamp(max=projected.shape[1] - 1), ~valid
-        views = sight.visible.shape[1]
         reference = pick(sight.reference.flatten(0, 1), index).masked_fill(padding[..., None], 0)
         depth = sight.depth.flatten(0, 1).gather(1, index).masked_fill(padding, 1)
-        feature = pick(projected.repeat_interleave(views, 0), index).masked_fill(padding[..., None], 0)
+        feature = pick(projected, index.reshape(len(projected), -1)).reshape(*index.shape, -1)
+        feature = feature.masked_fill(padding[..., None], 0)
         shown = [sample(level, reference) for level in pyramid.maps()]
         position = torch.cat((inverse_sigmoid(reference), depth.log()[..., None]), -1)
         return CellQueries(cell, feature + torch.stack(shown).amax(0), position, reference, valid)
