@@ -90,10 +90,6 @@ class Network(Protocol):
         """As in Predictor, without gradients."""
         ...
 
-    def accelerate(self) -> None:
-        """Called once, when the weights and the device are final: predictions may run in another way from now on."""
-        ...
-
     def degraded(self, sample: Sample) -> str:
         """As in Predictor, of a prediction for this sample."""
         ...
@@ -136,8 +132,7 @@ def load_network(network: type[nn.Module], config: Config, device: torch.device)
         )
     module = network(config)
     weights = load_weights(module, path)
-    module.to(device).eval().accelerate()  # type: ignore[operator]
-    return NetworkPredictor(module, weights)  # type: ignore[arg-type]
+    return NetworkPredictor(module.to(device).eval(), weights)  # type: ignore[arg-type]
 
 
 class TruthEchoConfig(Config):

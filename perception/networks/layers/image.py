@@ -141,7 +141,7 @@ class SameConv2d(nn.Conv2d):
         if down % 2 or right % 2:
             x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
             down = right = 0
-        return F.conv2d(x, self.weight, None, stride, (down // 2, right // 2), 1, self.groups)
+        return F.conv2d(x, self.weight, self.bias, stride, (down // 2, right // 2), 1, self.groups)
 
 
 class DepthwiseSeparable(nn.Module):

@@ -99,7 +99,10 @@ class SparseEncoder(SparseModule):
         """(V, 5), (V, 4) int32 batch, z, y, x -> (B, out_channels * Z, Y, X)."""
         # The sites are those that voxelisation made; checking them would cost a sort and make the host wait.
         backend = choose_backend(self.backend, voxels.device, voxels.dtype)
-        x = self.input(SparseTensor.at(Sites(coordinates, self.spatial_shape, batch_size, backend), voxels, {}))
+        sites = Sites(coordinates, self.spatial_shape, batch_size, backend)
+        with torch.autocast(voxels.device.type, enabled=False):  # half precision would round places by up to 12 cm
+            x = self.input(SparseTensor.at(sites, voxels, {}))
+        x = x.with_features(x.features.to(self.output[0].weight.dtype))
         for stage in self.stages:
             x = stage(x)
         return self.output(x).to_dense().flatten(1, 2)

@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from perception.networks.layers import sparse_triton
 from perception.networks.sparsefusion.boxes import detect, to_boxes3d
 from perception.networks.sparsefusion.config import SparseFusionConfig
 from perception.networks.sparsefusion.encode import Encoder, absent_cameras, ego_from_network
+from perception.networks.sparsefusion.fast import FastForward
 from perception.networks.sparsefusion.head import Head
 from perception.networks.sparsefusion.image import ImageBranch
 from perception.networks.sparsefusion.lidar import LidarBranch
@@ -46,6 +48,7 @@ class SparseFusion(nn.Module):
         self.lidar = LidarBranch(config.lidar) if config.modality != "camera" else None
         self.image = ImageBranch(config.image) if config.modality != "lidar" else None
         self.head = Head(config)
+        self._fast: FastForward | None = None
 
     @classmethod
     def from_original(cls, state_dict: Mapping[str, Tensor], config: SparseFusionConfig) -> SparseFusion:
@@ -90,11 +93,16 @@ class SparseFusion(nn.Module):
         inputs = self.encode([sample])
         if inputs.voxels is not None and not len(inputs.voxels):
             return Boxes3D.empty(self.config.classes, sample.stamp_ns)
-        dtype = getattr(torch, self.config.precision)
-        device = self.encoder.mean.device.type
-        with torch.autocast(device, dtype, enabled=device == "cuda" and dtype != torch.float32):
-            outputs: Outputs = self(inputs)
+        outputs: Outputs = self(inputs) if self._fast is None else self._fast(inputs)
         return self.decode(outputs, [sample])[0]
+
+    def accelerate(self) -> None:
+        """Predict by `FastForward` in the configured precision from now on, if the device is a GPU that has Triton.
+
+        Weights that change later do not show in predictions.
+        """
+        if self.encoder.mean.device.type == "cuda" and sparse_triton.installed():
+            self._fast = FastForward(self.lidar, self.image, self.head, getattr(torch, self.config.precision))
 
     def degraded(self, sample: Sample) -> str:
         """What a prediction for this sample has to do without, "" if nothing: `camera back missing, front black`."""

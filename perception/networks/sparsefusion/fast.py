@@ -1,0 +1,112 @@
+"""SparseFusion's forward pass for inference on a GPU: the same network, arranged to keep the GPU busy.
+
+* Batch norms are folded into the convolutions before them, and 2D convolutions run on channels-last tensors, in half
+  precision if so configured. What is sensitive stays in float32, as under autocast.
+* The sparse encoder runs on the Triton backend; only its sizes depend on the data.
+* The image branch, and all that follows the encoder, are CUDA graphs. The first runs beside the sparse encoder.
+
+The host waits for the device once for each strided convolution of the encoder, since the number of its sites has to be
+known, and once for the number of BEV cells that a view sees.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from perception.networks.layers.cuda_graphs import CudaGraphs
+from perception.networks.layers.folding import fold_norms
+from perception.networks.sparsefusion.head import Head
+from perception.networks.sparsefusion.image import ImageBranch
+from perception.networks.sparsefusion.lidar import LidarBranch
+from perception.networks.sparsefusion.tensors import Calibration, Inputs, Outputs
+
+_CELLS_STEP = 1024
+"""Numbers of visible cells are rounded up to it: each is a graph of its own."""
+
+
+class FastForward:
+    """Inputs -> Outputs, equal to the modules' own up to rounding; the tensors are overwritten by the next call.
+
+    The modules are copied: later changes of their weights do not show.
+
+    Args:
+        lidar, image, head: of a SparseFusion in evaluation mode, on a GPU.
+        dtype: float32, float16 or bfloat16.
+    """
+
+    def __init__(self, lidar: LidarBranch | None, image: ImageBranch | None, head: Head, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._lidar = None if lidar is None else _prepared(lidar, dtype)
+        self._image = None if image is None else _prepared(image, dtype).to(dtype)
+        self._head = _prepared(head, dtype)
+        if self._lidar is not None:
+            self._lidar.encoder.backend = "triton"
+            for part in (self._lidar.encoder.stages, self._lidar.encoder.output):
+                part.to(dtype)
+        self._image_graphs = CudaGraphs(self._run_image)
+        self._rest_graphs = CudaGraphs(self._run_rest)
+        self._beside = torch.cuda.Stream()
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Inputs) -> Outputs:
+        main = torch.cuda.current_stream()
+        cells = self._visible_cells(inputs)
+        levels: tuple[Tensor, ...] = ()
+        if self._image is not None:
+            assert inputs.images is not None
+            self._beside.wait_stream(main)
+            with torch.cuda.stream(self._beside):
+                levels = self._image_graphs(inputs.images)
+        tensors: list[Tensor] = []
+        if self._lidar is not None:
+            tensors.append(self._lidar.encoder(inputs.voxels, inputs.coordinates, inputs.batch_size))
+        main.wait_stream(self._beside)
+        tensors += [m for m in (inputs.height_min, inputs.height_max, inputs.sparse_depth) if m is not None]
+        return self._rest_graphs(*tensors, *(inputs.calibration or ()), levels=levels, visible_cells=cells)
+
+    def _visible_cells(self, inputs: Inputs) -> int | None:
+        if self._lidar is None or self._image is None:
+            return None
+        assert inputs.height_min is not None
+        assert inputs.height_max is not None
+        assert inputs.calibration is not None
+        cells = self._head.visible_cells(inputs.height_min, inputs.height_max, inputs.calibration)
+        return -(-cells // _CELLS_STEP) * _CELLS_STEP
+
+    def _run_image(self, images: Tensor) -> tuple[Tensor, ...]:
+        assert self._image is not None
+        flat = images.flatten(0, 1).to(self._dtype, memory_format=torch.channels_last)
+        return tuple(self._image(flat))
+
+    def _run_rest(self, *tensors: Tensor, levels: tuple[Tensor, ...], visible_cells: int | None) -> Outputs:
+        """All after the encoder and the image branch; the tensors are those of `__call__`, in its order."""
+        left = list(tensors)
+        bev = low = high = depth = calibration = None
+        half = self._dtype != torch.float32
+        with torch.autocast("cuda", self._dtype if half else None, enabled=half, cache_enabled=False):
+            if self._lidar is not None:
+                bev = left.pop(0).to(memory_format=torch.channels_last)
+                bev = self._lidar.neck(self._lidar.backbone(bev))
+                low, high = left.pop(0), left.pop(0)
+            if self._image is not None:
+                depth = left.pop(0) if self._lidar is not None else None
+                calibration = Calibration(*left)
+            outputs: Outputs = self._head(bev, low, high, list(levels) or None, depth, calibration, visible_cells)
+            return outputs
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _prepared(module: M, dtype: torch.dtype) -> M:
+    """A copy with folded norms, its 2D convolutions of `dtype` on channels-last tensors."""
+    module = copy.deepcopy(module).eval()
+    fold_norms(module)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
+            part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module

@@ -1,0 +1,94 @@
+"""The arrangement for a GPU gives what the modules give, and makes the host wait only where it is known to."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from builders import tiny_sparsefusion
+from networks.sparsefusion.test_network import sample
+
+from perception.networks.sparsefusion import SparseFusion
+from perception.networks.sparsefusion.tensors import Outputs
+
+pytestmark = pytest.mark.gpu
+
+WAITS = {
+    "voxelize.py": 1,  # how many voxels there are
+    "sparse_triton.py": 4,  # how many sites each strided convolution reaches
+    "semantic.py": 1,  # how many cells a view sees
+    "boxes.py": 1,  # the boxes come to the host
+}
+"""Where the host waits for the device in a frame, and how often."""
+
+
+def networks(modality: str, precision: str) -> tuple[SparseFusion, SparseFusion]:
+    """The modules as they are, and accelerated, with the same weights."""
+    torch.manual_seed(0)
+    plain = SparseFusion(tiny_sparsefusion(modality=modality, precision=precision)).cuda().eval()
+    for module in plain.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    fast = SparseFusion(plain.config).cuda().eval()
+    fast.load_state_dict(plain.state_dict())
+    fast.accelerate()
+    return plain, fast
+
+
+def flat(outputs: Outputs) -> list[torch.Tensor]:
+    return [
+        t for part in outputs if part is not None for t in ([part] if torch.is_tensor(part) else part) if t is not None
+    ]
+
+
+@pytest.mark.parametrize("modality", ["fusion", "lidar", "camera"])
+def test_float32_gives_the_modules_values(modality: str):
+    plain, fast = networks(modality, "float32")
+    for seed in (0, 1, 0):
+        with torch.inference_mode():
+            inputs = plain.encode([sample(seed)])
+            want, got = plain(inputs), fast._fast(inputs)
+        for a, b in zip(flat(got), flat(want), strict=True):
+            torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_finds_the_same_heatmaps(precision: str):
+    plain, fast = networks("fusion", precision)
+    with torch.inference_mode():
+        inputs = plain.encode([sample()])
+        want, got = plain(inputs), fast._fast(inputs)
+    for a, b in ((got.lidar_heatmap, want.lidar_heatmap), (got.image_heatmap, want.image_heatmap)):
+        assert (a.float() - b).abs().max() < 0.1 * b.abs().max()
+
+
+@pytest.mark.parametrize("modality", ["fusion", "lidar", "camera"])
+def test_the_host_waits_only_where_it_is_known_to(modality: str):
+    _, network = networks(modality, "float16")
+    frame = sample()
+    for _ in range(2):
+        network.predict(frame)
+    waits: Counter[str] = Counter()
+
+    def note(*_: object, **__: object) -> None:
+        ours = [f for f in traceback.extract_stack() if "/perception/" in f.filename]
+        waits[Path(ours[-1].filename).name] += 1
+
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            network.predict(frame)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    known = {"lidar": {"semantic.py"}, "camera": {"voxelize.py", "sparse_triton.py", "semantic.py"}}.get(
+        modality, set()
+    )
+    assert dict(waits) == {name: number for name, number in WAITS.items() if name not in known}
+    assert sum(waits.values()) <= 8
