@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def spin_until(ros: None) -> Iterator[SpinUntil]:
         end = time.monotonic() + deadline_s
         while not predicate():
             if time.monotonic() > end:
-                pytest.fail(f"not within {deadline_s} s: {getattr(predicate, '__name__', predicate)}")
+                pytest.fail(f"not within {deadline_s} s: {inspect.getsource(predicate).strip()}")
             executor.spin_once(timeout_sec=0.05)
 
     yield spin

@@ -71,7 +71,9 @@ OUTPUTS = (
     Output("pose", "geometry_msgs/msg/PoseWithCovarianceStamped", "pose", "map", pose),
     Output("odometry", "nav_msgs/msg/Odometry", "pose", "map", odometry),
 )
-"""Beside these every system has `report`, and with `overlay` an `overlay/<camera>` for each camera."""
+"""Beside these every system has `report`, and with `overlay` for each camera an `overlay/<camera>/compressed`: RViz opens
+compressed images on topics of such names only (image_transport).
+"""
 
 
 def outputs_of(kind: str) -> list[Output]:
@@ -96,7 +98,7 @@ class SystemOutputs:
         ]
         self._report = self._publisher("report", REPORT_TYPE)
         roles = system.watched.sensors.cameras if system.config.overlay else ()
-        self._overlays = {role: self._publisher(f"overlay/{role}", OVERLAY_TYPE) for role in roles}
+        self._overlays = {role: self._publisher(f"overlay/{role}/compressed", OVERLAY_TYPE) for role in roles}
         self._tf = None
         if system.config.broadcast_tf and system.predictor.output == "pose":
             self._tf = node.create_lifecycle_publisher(message_class(TF_TYPE), "/tf", QoSProfile(depth=100))
