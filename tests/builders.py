@@ -126,7 +126,10 @@ class Fingerprint:
     """
 
     output = "boxes"
-    needs = Needs(lidar=("x", "y", "z", "intensity", "time_lag"), radar=("rcs",), cameras=("front", "back"), sweeps=3)
+    degraded = ""
+    needs = Needs(
+        lidar=("x", "y", "z", "intensity", "time_lag"), radar=("rcs",), cameras=("front", "back"), sweeps=3, motion=True
+    )
 
     def __init__(self, config: FingerprintConfig, device: object) -> None:
         self.weights = WeightsProvenance.not_needed("it has nothing to learn")

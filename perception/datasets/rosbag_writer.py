@@ -61,13 +61,16 @@ PoseAt = Callable[[int], Pose]
 
 _OFFERED_BY_TYPE = dict.fromkeys((POINT_CLOUD, COMPRESSED_IMAGE, CAMERA_INFO), OfferedQos(5, reliable=False))
 _OFFERED_BY_TOPIC = {TF_TOPIC: OfferedQos(100), TF_STATIC_TOPIC: OfferedQos(1, latched=True)}
+_MOTION = (ODOMETRY, IMU, GNSS)
+"""Readings up to a sample's stamp belong to it: a listener has them when the sensor's message comes."""
 _NEEDS_EXACT_POSE = (POINT_CLOUD, COMPRESSED_IMAGE, POSE)
 
 
 class _Waiting(NamedTuple):
-    """A serialised message; they are written by stamp, and of one stamp as they came."""
+    """A serialised message; they are written by stamp, of one stamp motion first, then as they came."""
 
     stamp_ns: int
+    after_motion: bool
     order: int
     topic: str
     type: str
@@ -237,7 +240,8 @@ class RosbagWriter:
             return
         self._stamps.setdefault(topic, set()).add(stamp_ns)
         raw = typestore().serialize_cdr(message, message_type)
-        heapq.heappush(self._waiting, _Waiting(stamp_ns, next(self._order), topic, message_type, raw))
+        after = message_type not in _MOTION
+        heapq.heappush(self._waiting, _Waiting(stamp_ns, after, next(self._order), topic, message_type, raw))
 
     def _write_before(self, stamp_ns: int) -> None:
         """Write the waiting messages older than a stamp, and the transforms that belong among them."""
