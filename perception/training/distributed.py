@@ -59,6 +59,7 @@ def joined(device: str) -> Iterator[Place]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = usable_device(f"cuda:{local}" if device == "cuda" and count > 1 else device)
     if chosen.type == "cuda":
+        chosen = torch.device("cuda", chosen.index or 0)
         torch.cuda.set_device(chosen)
     if count == 1:
         yield Place(0, 1, chosen)
