@@ -143,7 +143,8 @@ class Head(nn.Module):
                 modality `lidar`.
             sparse_depth: (B, K, 2, H / 4, W / 4), see `Inputs`; modality `fusion` alone.
             calibration: of the cameras.
-            visible_cells: what `visible_cells` gives, or more. None: it is counted, which waits for the device.
+            visible_cells: what the method `visible_cells` gives, or more; fewer is an error. None: they are counted,
+                which waits for the device.
         """
         outputs = Outputs(*[None] * len(Outputs._fields))
         if self.config.modality == "lidar":

@@ -101,7 +101,7 @@ class SemanticTransfer(nn.Module):
             lidar_features: (B, C, Y, X).
             pyramid: of the images.
             sight: the cells in the views.
-            queries: at least the visible cells of every view, see `capacity`.
+            queries: at least the visible cells of every view, see `capacity`; fewer is an error.
         """
         shape = lidar_features.shape[-2:]
         projected = self.lidar_projection(lidar_features.flatten(2).transpose(1, 2))  # (B, N, C)
@@ -112,7 +112,7 @@ class SemanticTransfer(nn.Module):
 
     def queries(self, projected: Tensor, pyramid: Pyramid, sight: Sight, number: int) -> CellQueries:
         """The visible cells of each view, with the strongest of what the levels show there added to their feature."""
-        cell, valid = visible_cells(sight.visible, number)
+        cell, valid = cells_in_view(sight.visible, number)
         index, padding = cell.clamp(max=projected.shape[1] - 1), ~valid
         reference = pick(sight.reference.flatten(0, 1), index).masked_fill(padding[..., None], 0)
         depth = sight.depth.flatten(0, 1).gather(1, index).masked_fill(padding, 1)
@@ -132,14 +132,16 @@ class SemanticTransfer(nn.Module):
         return self.layer(query.feature, query.position, query.reference, mask, one_view, view)
 
 
-def visible_cells(visible: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Cells where visible (B, K, N), in order: (B K, number) padded with N, and (B K, number) bool: not padding."""
+def cells_in_view(visible: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Cells where visible (B, K, N), in order: (B K, number) padded with N, and (B K, number) bool: not padding.
+
+    More than `number` of them in a view is an index error.
+    """
     flat = visible.flatten(0, 1)
     cell = torch.arange(flat.shape[1], device=flat.device).expand_as(flat)
-    slot = torch.where(flat, flat.cumsum(-1) - 1, number)
-    chosen = torch.full((flat.shape[0], number + 1), flat.shape[1], device=flat.device)
-    chosen = chosen.scatter(1, slot, cell)[:, :number]
-    return chosen, torch.arange(number, device=flat.device) < flat.sum(-1, keepdim=True)
+    place = torch.where(flat, flat.cumsum(-1), 0)  # the first column takes what is not visible
+    chosen = torch.full((flat.shape[0], number + 1), flat.shape[1], device=flat.device).scatter(1, place, cell)
+    return chosen[:, 1:], torch.arange(number, device=flat.device) < flat.sum(-1, keepdim=True)
 
 
 def sample(level: Tensor, reference: Tensor) -> Tensor:
