@@ -71,8 +71,8 @@ OUTPUTS = (
     Output("pose", "geometry_msgs/msg/PoseWithCovarianceStamped", "pose", "map", pose),
     Output("odometry", "nav_msgs/msg/Odometry", "pose", "map", odometry),
 )
-"""Beside these every system has `report`, and with `overlay` for each camera an `overlay/<camera>/compressed`: RViz opens
-compressed images on topics of such names only (image_transport).
+"""Beside these every system has `report`, and with `overlay` an `overlay/<camera>/compressed` for each camera; RViz
+opens compressed images on topics of such names only (image_transport).
 """
 
 
