@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -49,6 +50,8 @@ def train(
     with joined(device) as place:
         tell = report if place.leads else lambda line: None
         torch.manual_seed(config.training.seed)  # the same network in every process
+        if config.training.precision == "bfloat16":
+            _allow_tf32()
         network = _network(config.predictor).to(place.device)
         for path in config.training.weights:
             tell(f"{path}: {read_fitting(network, path)}")
@@ -71,6 +74,9 @@ def _network(config: Config) -> nn.Module:
     if not issubclass(network, nn.Module):
         raise ConfigError(f"predictor.name: {name} has nothing to learn", "train a network, such as sparsefusion")
     made: nn.Module = network(config)
+    for parameter in made.parameters():
+        if parameter.ndim == 4:  # a GPU's convolutions and batch norms are faster with the channels last
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return made
 
 
@@ -79,3 +85,13 @@ def _source(config: Config, place: Place) -> Dataset | CityConfig:
     if not isinstance(config, CityConfig):
         return open_dataset(config)
     return config.model_copy(update={"device": str(place.device)}) if config.device == "cuda" else config
+
+
+def _allow_tf32() -> None:
+    """Products of what stays float32 beside bfloat16 are rounded to TF32's ten bits, eight being bfloat16's."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    if find_spec("spconv") is not None:
+        from spconv import constants
+
+        constants.SPCONV_ALLOW_TF32 = True

@@ -115,6 +115,8 @@ class SparseFusionConfig(Config):
     class_prior: float | None = Field(None, gt=0, lt=1)
     """Training from scratch: probability of every class that heatmaps and class logits start with. None: no such start,
     as the released models."""
+    heatmap_weight: float = Field(0.1, gt=0)
+    """Of both heatmaps' losses beside those of the boxes."""
     nms_radius_squared_m2: dict[str, float] = Field(
         default_factory=lambda: {
             "car": 0.35, "truck": 0.35, "construction_vehicle": 0.35, "bus": 0.35, "trailer": 0.35, "barrier": 0.175,

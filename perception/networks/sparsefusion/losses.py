@@ -21,7 +21,6 @@ from perception.networks.sparsefusion.pyramid import valid_tokens
 from perception.networks.sparsefusion.targets import BoxTargets, ImageTargets, Targets, level_shapes
 from perception.networks.sparsefusion.tensors import BoxPrediction, Calibration, ImagePrediction, Outputs
 
-_HEATMAP_WEIGHT = 0.1
 _BOX_WEIGHT = 0.25
 _IMAGE_CENTER_WEIGHT = 5.0
 _VELOCITY_WEIGHT = 0.2  # beside the code's other values
@@ -70,11 +69,12 @@ def losses(
     """
     matches = match(outputs, targets, config) if matches is None else matches
     terms: dict[str, Tensor] = {}
+    weight = config.heatmap_weight
     if outputs.lidar_heatmap is not None and targets.lidar_heatmap is not None:
-        terms["lidar_heatmap"] = _HEATMAP_WEIGHT * _heatmap_loss(outputs.lidar_heatmap, targets.lidar_heatmap)
+        terms["lidar_heatmap"] = weight * _heatmap_loss(outputs.lidar_heatmap, targets.lidar_heatmap)
     if outputs.image_heatmap is not None and targets.image_heatmap is not None and calibration is not None:
         seen = valid_tokens(level_shapes(config.image.canvas_px), calibration)[:, None]
-        terms["image_heatmap"] = _HEATMAP_WEIGHT * _heatmap_loss(outputs.image_heatmap, targets.image_heatmap, seen)
+        terms["image_heatmap"] = weight * _heatmap_loss(outputs.image_heatmap, targets.image_heatmap, seen)
     for name in ("point", "view", "fusion"):
         prediction, matched = getattr(outputs, name), getattr(matches, name)
         if prediction is not None:
