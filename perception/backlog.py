@@ -19,27 +19,51 @@ _KEPT = 2000
 class Backlog:
     """Messages in the order they came, until a sample takes those up to its stamp; a late one goes to the next sample.
 
-    One thread appends, another takes.
+    One thread adds, another takes.
     """
 
     def __init__(self) -> None:
-        self.imu: deque[Any] = deque(maxlen=_KEPT)
-        self.odometry: deque[Any] = deque(maxlen=_KEPT)
-        self.gnss: deque[Any] = deque(maxlen=_KEPT)
+        self._imu: deque[Any] = deque(maxlen=_KEPT)
+        self._odometry: deque[Any] = deque(maxlen=_KEPT)
+        self._gnss: deque[Any] = deque(maxlen=_KEPT)
+        self._newest_ns: dict[str, int] = {}  # of IMU and odometry
         self._lock = threading.Lock()
+
+    def add_imu(self, message: Any) -> None:
+        """A sensor_msgs/Imu."""
+        with self._lock:
+            self._imu.append(message)
+            self._newest_ns["imu"] = stamp_ns(message.header)
+
+    def add_odometry(self, message: Any) -> None:
+        """A nav_msgs/Odometry."""
+        with self._lock:
+            self._odometry.append(message)
+            self._newest_ns["odometry"] = stamp_ns(message.header)
+
+    def add_gnss(self, message: Any) -> None:
+        """A sensor_msgs/NavSatFix; they are too rare to be waited for."""
+        with self._lock:
+            self._gnss.append(message)
 
     def clear(self) -> None:
         """Forget all, as after a jump of the clock."""
         with self._lock:
-            for kept in (self.imu, self.odometry, self.gnss):
+            for kept in (self._imu, self._odometry, self._gnss):
                 kept.clear()
+            self._newest_ns.clear()
+
+    def reaches(self, stamp: int) -> bool:
+        """Whether no more IMU and odometry up to a stamp are to come; of those that have ever come."""
+        with self._lock:
+            return all(newest >= stamp for newest in self._newest_ns.values())
 
     def take(
         self, vehicle: VehicleConfig, frames: FrameTree, until_ns: int
     ) -> tuple[Imu | None, Odometry | None, Gnss | None]:
         """The readings up to a stamp, the latest fix alone. Without the transform of its frame there is no IMU."""
         with self._lock:
-            imu, odometry, fixes = (_take(kept, until_ns) for kept in (self.imu, self.odometry, self.gnss))
+            imu, odometry, fixes = (_take(kept, until_ns) for kept in (self._imu, self._odometry, self._gnss))
         turned = None
         if imu:
             try:

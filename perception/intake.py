@@ -146,12 +146,13 @@ class Intake:
     def take_imu(self, message: Any, topic: str) -> None:
         self._arrived(topic, stamp_ns(message.header))
         for _, backlog in self._backlogs:
-            backlog.imu.append(message)
+            backlog.add_imu(message)
+        self._notify()
 
     def take_gnss(self, message: Any, topic: str) -> None:
         self._arrived(topic, stamp_ns(message.header))
         for _, backlog in self._backlogs:
-            backlog.gnss.append(message)
+            backlog.add_gnss(message)
 
     def take_odometry(self, message: Any, topic: str) -> None:
         self._arrived(topic, stamp_ns(message.header))
@@ -161,7 +162,8 @@ class Intake:
             except PerceptionError as error:
                 self.refuse(topic, error)
                 return
-            backlog.odometry.append(message)
+            backlog.add_odometry(message)
+        self._notify()
 
     def wait_until(self, predicate: Callable[[], bool], deadline_s: float) -> bool:
         """Whether the predicate holds, at the latest at a time of time.monotonic(); asked whenever /tf says more."""

@@ -54,7 +54,7 @@ class Worker:
         system: loaded.
         intake: where its Drafts come from.
         pool: decodes images.
-        wait_s: longest wait for transforms.
+        wait_s: longest wait for transforms, and for motion up to the stamp.
         wanted: whether anybody listens; without, nothing is computed.
         publish: called in the worker's thread.
         fatal: called in the worker's thread when the device's memory is full; the thread has ended then.
@@ -178,6 +178,8 @@ class Worker:
     def _predict(self, draft: Draft, prepared: Prepared, start_s: float) -> None:
         system, stamp = self.system, draft.synced.stamp_ns
         self.masked.update(prepared.masked.items())
+        if system.predictor.needs.motion:
+            self._intake.wait_until(lambda: self._backlog.reaches(stamp), start_s + self._wait_s)
         imu, odometry, gnss = self._backlog.take(system.vehicle, self._intake.frames, stamp)
         sample = replace(prepared.sample, imu=imu, odometry=odometry, gnss=gnss)
         predict_s = time.monotonic()
