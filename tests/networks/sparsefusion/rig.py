@@ -15,15 +15,15 @@ VIEWS = 6
 
 
 def small_config(modality: Literal["fusion", "lidar", "camera"] = "fusion", **overrides: object) -> SparseFusionConfig:
-    """45 x 45 BEV cells of 2.4 m, images of 128 x 96, 12 queries of each modality."""
+    """30 x 30 BEV cells of 3.6 m, images of 96 x 64, 12 queries of each modality."""
     return SparseFusionConfig(
         modality=modality,
         channels=32,
         heads=4,
         feedforward_channels=48,
         queries=12,
-        lidar=LidarConfig(neck_channels=8, voxel_size_m=(0.3, 0.3, 0.2)),
-        image=ImageConfig(neck_channels=24, canvas_px=(128, 96)),
+        lidar=LidarConfig(neck_channels=8, voxel_size_m=(0.45, 0.45, 0.2)),
+        image=ImageConfig(neck_channels=24, canvas_px=(96, 64)),
         **overrides,
     )
 

@@ -33,11 +33,11 @@ def test_lidar_candidates_are_peaks_but_for_classes_that_keep_all():
     car, pedestrian = CONFIG.classes.index("car"), CONFIG.classes.index("pedestrian")
     logits[0, car, 10, 20:22] = torch.tensor([4.0, 3.0])  # the second is no peak
     logits[0, car, 0, 5] = 6.0  # ring
-    logits[0, pedestrian, 30, 30:32] = torch.tensor([2.0, 1.0])
+    logits[0, pedestrian, 20, 25:27] = torch.tensor([2.0, 1.0])
     logits[0, pedestrian, 0, 7] = 3.5  # ring
     found = lidar_candidates(logits, CONFIG)
     assert found.label[0, :4].tolist() == [car, pedestrian, pedestrian, pedestrian]
-    assert found.location[0, :4].tolist() == [10 * columns + 20, 7, 30 * columns + 30, 30 * columns + 31]
+    assert found.location[0, :4].tolist() == [10 * columns + 20, 7, 20 * columns + 25, 20 * columns + 26]
     assert found.view is None and found.score.shape == (1, 10, 12)
     torch.testing.assert_close(found.score[0, car, 0], torch.tensor(4.0).sigmoid())
     torch.testing.assert_close(found.score[0, pedestrian, 0], torch.tensor(LOW).sigmoid())

@@ -24,16 +24,18 @@ def heights(row: int, column: int, z_m: float) -> tuple[torch.Tensor, torch.Tens
 
 
 def test_a_cell_is_seen_where_the_pinhole_puts_it():
-    """Straight ahead (x = 0) at y: 0.5 m nearer to the camera; u in the middle, v by similar triangles."""
-    row, column, z_m = 30, COLUMNS // 2, -1.5
+    """Ahead at (x, y), 0.5 m nearer to the camera: u and v by similar triangles."""
+    row, column, z_m = 20, COLUMNS // 2, -1.5
+    x_m = (column + 0.5) * CONFIG.lidar.cell_m + CONFIG.lidar.range_m[0]
     y_m = (row + 0.5) * CONFIG.lidar.cell_m + CONFIG.lidar.range_m[1]
     sight = look(*heights(row, column, z_m), ring(1, CANVAS), CONFIG.lidar, CANVAS)
     cell = row * COLUMNS + column
     assert sight.visible.sum() == 1 and sight.visible[0, 0, cell]
     depth_m = y_m - 0.5
     assert sight.depth[0, 0, cell] == pytest.approx(depth_m)
+    u_px = CANVAS[0] / 2 + 0.8 * CANVAS[0] * x_m / depth_m
     v_px = CANVAS[1] / 2 + 0.8 * CANVAS[0] * -z_m / depth_m
-    assert sight.reference[0, 0, cell].tolist() == pytest.approx([0.5, v_px / CANVAS[1]])
+    assert sight.reference[0, 0, cell].tolist() == pytest.approx([u_px / CANVAS[0], v_px / CANVAS[1]])
 
 
 def test_visibility_ends_where_the_image_does_and_is_none_of_a_missing_camera():
