@@ -1,4 +1,4 @@
-"""Heatmaps, and their peaks that become queries (paper, section 3.1)."""
+"""Heatmaps, and their peaks that become queries."""
 
 from __future__ import annotations
 

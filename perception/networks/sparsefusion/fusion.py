@@ -1,4 +1,4 @@
-"""Fusion: candidates of both modalities, now in one space, attend each other (paper, section 3.2)."""
+"""Fusion: candidates of both modalities, now in one space, attend each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Geometric transfer: the LiDAR's depth enters the image features (paper, section 3.3)."""
+"""Geometric transfer: the LiDAR's depth enters the image features."""
 
 from __future__ import annotations
 

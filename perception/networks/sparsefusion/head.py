@@ -1,4 +1,4 @@
-"""The head of SparseFusion: from the two branches' features to boxes (paper, section 3).
+"""The head of SparseFusion: from the two branches' features to boxes.
 
     BEV features (B, 2 neck, Y, X)                         levels of the images (B K, neck, H / 4 / 2^l, W / 4 / 2^l)
       3 x 3 convolution                                      geometric transfer <── sparse depth (B, K, 2, H / 4, W / 4)

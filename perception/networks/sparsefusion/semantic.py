@@ -1,4 +1,4 @@
-"""Semantic transfer: image features enter the BEV map that the LiDAR heatmap is made of (paper, section 3.3).
+"""Semantic transfer: image features enter the BEV map that the LiDAR heatmap is made of.
 
 Every cell that holds points is a query: it is projected into the views, at the middle height of its points, attends the
 other visible cells of the view and, deformably, the view's pyramid. Cells that several views see take the maximum of

@@ -1,4 +1,4 @@
-"""View transformation: camera candidates enter LiDAR space (paper, section 3.2)."""
+"""View transformation: camera candidates enter LiDAR space."""
 
 from __future__ import annotations
 
