@@ -1,10 +1,15 @@
 """ROS message packages without cmake: the wheels' own rosidl generators, then the C compiler.
 
-    <package>/msg/X.msg -> .idl -> type hash (.json) -> C structs, Fast DDS type support, Python -> one extension
+    <package>/msg/X.msg -> .idl -> type hash (.json) -> C structs, two type supports, Python -> three binaries
 
-colcon links five libraries per package; here all objects go into `<package>_s__rosidl_typesupport_c.<abi>.so`, the one
-that the Python classes load, and rclpy finds the type support through the handle in it. Fast DDS is the only
-middleware, so the type support is bound to it and dispatches to no other. Run as a process of its own:
+| binary | holds |
+|---|---|
+| `lib<package>__rosidl_typesupport_fastrtps_c.so` | structs, both type supports and the dispatch between them |
+| `lib<package>__rosidl_typesupport_introspection_c.so` | nothing; its symbols are found in the first, which it needs |
+| `<package>_s__rosidl_typesupport_c.<abi>.so` | what the Python classes load; it needs the other two |
+
+The dispatch opens the first two by these names, which the loader takes for those that the third brought in; so no
+search path has to know the folder. (colcon links seven libraries.) Run as a process of its own:
 `python -m perception_ros.interface_builder <package> <folder>` with AMENT_PREFIX_PATH set to the wheels' prefix.
 """
 
@@ -18,12 +23,19 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-LIBRARY_KINDS = ("rosidl_generator_c", "rosidl_typesupport_fastrtps_c", "rosidl_typesupport_c", "rosidl_generator_py")
+LIBRARY_KINDS = (
+    "rosidl_generator_c",
+    "rosidl_typesupport_fastrtps_c",
+    "rosidl_typesupport_introspection_c",
+    "rosidl_typesupport_c",
+    "rosidl_generator_py",
+)
 """The libraries that an installed message package brings, and ours link to."""
 
 RUNTIME_LIBRARIES = (
     "rosidl_runtime_c",
     "rosidl_typesupport_c",
+    "rosidl_typesupport_introspection_c",
     "rosidl_typesupport_fastrtps_c",
     "rosidl_typesupport_fastrtps_cpp",
     "rcutils",
@@ -44,9 +56,10 @@ def build(package: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         generated = Path(scratch)
         _generate(package, definitions, include, generated)
-        binary = _compile(package, generated, prefix)
+        binaries = _compile(package, generated, prefix)
         shutil.copytree(generated / "py" / package, folder / package, dirs_exist_ok=True, ignore=_sources)
-        shutil.copy(binary, folder / package)
+        for binary in binaries:
+            shutil.copy(binary, folder / package)
         (folder / package / "__init__.py").touch()
 
 
@@ -55,55 +68,68 @@ def _sources(_folder: str, names: list[str]) -> list[str]:
 
 
 def _generate(package: str, definitions: list[str], include: list[str], generated: Path) -> None:
-    """rosidl's stages in order; C and C++ go to `generated/c/<package>`, Python to `generated/py/<package>`."""
+    """rosidl's stages in order, each kind to `generated/<kind>/<package>`: some give files of the same name."""
     from rosidl_cli.command.translate.api import translate
     from rosidl_generator_c.cli import GenerateC
     from rosidl_generator_py.cli import GeneratePython
     from rosidl_typesupport_c.cli import GenerateCTypesupport
     from rosidl_typesupport_fastrtps_c.cli import GenerateFastRTPSCTypesupport
+    from rosidl_typesupport_introspection_c.cli import GenerateIntrospectionCTypesupport
 
-    c, python = generated / "c" / package, generated / "py" / package
+    c, introspection, python = (generated / kind / package for kind in ("c", "introspection", "py"))
     idl = translate(
         package_name=package, interface_files=definitions, include_paths=include, output_format="idl", output_path=c
     )
     GenerateC("c").generate(package, idl, include, c)
     GenerateFastRTPSCTypesupport("fastrtps_c").generate(package, idl, include, c)
-    bound = ["rosidl_typesupport_fastrtps_c"]
-    GenerateCTypesupport("c", typesupport_implementations=bound).generate(package, idl, include, c)
+    GenerateIntrospectionCTypesupport("introspection_c").generate(package, idl, include, introspection)
+    both = ["rosidl_typesupport_fastrtps_c", "rosidl_typesupport_introspection_c"]
+    GenerateCTypesupport("c", typesupport_implementations=both).generate(package, idl, include, c)
     GeneratePython("py", typesupport_implementations=["rosidl_typesupport_c"]).generate(package, idl, include, python)
 
 
-def _compile(package: str, generated: Path, prefix: Path) -> Path:
+def _compile(package: str, generated: Path, prefix: Path) -> list[Path]:
+    """The three binaries."""
     import numpy as np
 
     headers = [path for path in (prefix / "include").iterdir() if path.is_dir()]
-    include = [generated / "c", sysconfig.get_path("include"), np.get_include(), *headers, prefix / "include"]
+    include = [generated / "c", generated / "introspection", *headers, prefix / "include"]
+    include += [Path(sysconfig.get_path("include")), Path(np.get_include())]
     flags = ["-O1", "-fPIC", "-w", *(f"-I{path}" for path in include)]
 
-    def compiled(source: Path) -> str:
+    def compiled(source: Path) -> Path:
         target = source.with_name(source.name + ".o")
         compiler = ["g++", "-std=c++17"] if source.suffix == ".cpp" else ["gcc", "-std=gnu11"]
-        command = [*compiler, *flags, "-c", str(source), "-o", str(target)]
-        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
-        return str(target)
+        _run(*compiler, *flags, "-c", source, "-o", target)
+        return target
 
     # One source for all of a kind whose names do not collide: the headers are most of the work.
-    joint = {"types.cpp": "*.cpp", "python.c": "*_s.c"}
-    sources = set(generated.rglob("*.c"))
-    for name, pattern in joint.items():
-        parts = set(generated.rglob(pattern))
-        sources = sources - parts | {generated / name}
+    joint = {"types.cpp": list(generated.glob("c/**/*.cpp")), "python.c": list(generated.glob("py/**/*.c"))}
+    for name, parts in joint.items():
         (generated / name).write_text("".join(f'#include "{part}"\n' for part in sorted(parts)))
+    sources = [*generated.glob("*.c*"), *generated.glob("c/**/*.c"), *generated.glob("introspection/**/*.c")]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sorted(sources)))
+        objects = list(pool.map(compiled, sources))
+    python = [path for path in objects if path.name == "python.c.o"]
+    types = [path for path in objects if path not in python]
+
     lib = prefix / "lib"
     packages = sorted({path.parts[-3] for path in prefix.glob("share/*/msg/*.msg")})
     names = [*(f"{name}__{kind}" for name in packages for kind in LIBRARY_KINDS), *RUNTIME_LIBRARIES]
-    libraries = [f"-l{name}" for name in names if (lib / f"lib{name}.so").exists()]
-    binary = generated / f"{package}_s__rosidl_typesupport_c{sysconfig.get_config_var('EXT_SUFFIX')}"
-    link = ["g++", "-shared", "-o", str(binary), *objects, f"-L{lib}", f"-Wl,-rpath,{lib}", "-Wl,--as-needed"]
-    subprocess.run([*link, *libraries], check=True, capture_output=True)  # noqa: S603
-    return binary
+    installed = ["-Wl,--as-needed", *(f"-l{name}" for name in names if (lib / f"lib{name}.so").exists())]
+    first, second = (
+        generated / f"lib{package}__rosidl_typesupport_{kind}.so" for kind in ("fastrtps_c", "introspection_c")
+    )
+    third = generated / f"{package}_s__rosidl_typesupport_c{sysconfig.get_config_var('EXT_SUFFIX')}"
+    link = ["g++", "-shared", f"-L{lib}", f"-Wl,-rpath,$ORIGIN:{lib}", "-Wl,--no-as-needed", "-o"]
+    _run(*link, first, f"-Wl,-soname,{first.name}", *types, *installed)
+    _run(*link, second, f"-Wl,-soname,{second.name}", first)
+    _run(*link, third, *python, first, second, *installed)
+    return [first, second, third]
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True)  # noqa: S603
 
 
 if __name__ == "__main__":
