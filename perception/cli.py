@@ -127,7 +127,7 @@ def evaluate(
 @app.command()
 def predict(
     source: Annotated[
-        Path | None, typer.Argument(help="A bag, or a data set's root. Without: the configuration's dataset.")
+        Path | None, typer.Argument(help="A bag, or a data set's root. Without: the configuration's, or a demo.")
     ] = None,
     config: Annotated[
         Path, typer.Option(help="A vehicle with systems (configs/vehicle.yaml), or any .yaml with a predictor.")

@@ -19,6 +19,7 @@ from perception.errors import ConfigError
 from perception.prediction_files import PredictedFrame, PredictionWriter
 from perception.predictor import Predictor, TruthEchoConfig, load_predictor, predictor_config
 from perception.recording import Recording
+from perception.synthetic.demo import demo_bag
 from perception.systems import StackConfig, above_threshold, load_stack, load_systems
 from perception.types import Dataset, Sample
 from perception.vehicle import VehicleConfig
@@ -59,7 +60,7 @@ def load_jobs(
 
     Args:
         config: a vehicle with systems (configs/vehicle.yaml), or a predictor with or without a dataset.
-        source: a bag, or a data set's root; None is the configuration's own dataset.
+        source: a bag, or a data set's root; None is the configuration's own dataset, for a vehicle the demo drive.
         systems: names out of a vehicle's configuration; none is all of them.
         overrides: a.b=value.
         device: in place of the configuration's.
@@ -70,14 +71,12 @@ def load_jobs(
     """
     data = read_yaml(config)
     if "systems" in data:
-        if source is None:
-            raise ConfigError(f"{config}: a vehicle has no recording of its own", "give a bag to predict on")
         named = tuple(systems or data["systems"] or ())
         if weights is not None and len(named) != 1:
             raise ConfigError(f"--weights {weights}: for which of {', '.join(named)}?", "choose with --system")
         extra = [f"systems.{name}.device={device}" for name in named] if device is not None else []
         extra += [f"systems.{name}.predictor.weights={weights}" for name in named] if weights is not None else []
-        return _vehicle_jobs(load_stack(config, systems, [*overrides, *extra]), detect_layout(source))
+        return _vehicle_jobs(load_stack(config, systems, [*overrides, *extra]), detect_layout(source or demo_bag()))
     if systems:
         raise ConfigError(f"{config}: has no systems, so none named {systems[0]!r}", "drop --systems")
     for override in [*overrides, *([f"predictor.weights={weights}"] if weights is not None else [])]:

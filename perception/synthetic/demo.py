@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import fcntl
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ DEMO = ExportConfig(train=0, val=1, key_frames=4, occupancy=("occ3d",))
 DRIVE = ExportConfig(layout="rosbag", train=0, val=1, key_frames=4, image_size=(480, 270))
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    """No progress shown."""
+def _say(what: str, done: int, total: int) -> None:
+    """Progress where no other is asked for: a newcomer's first minute is not to be silent."""
+    sys.stderr.write(f"making a small city, once: {done} of {total}, {what}\n")
 
 
-def demo_city(progress: Progress = _silent) -> dict[str, Any]:
+def demo_city(progress: Progress = _say) -> dict[str, Any]:
     """The `dataset` keys of the demo city, made first where it is not there yet (half a minute on two cores)."""
     root = _made("demo-city", DEMO, progress)
     return {
@@ -32,7 +34,7 @@ def demo_city(progress: Progress = _silent) -> dict[str, Any]:
     }
 
 
-def demo_bag(progress: Progress = _silent) -> Path:
+def demo_bag(progress: Progress = _say) -> Path:
     """A bag of two seconds of driving with its truth, made like the city where it is not there yet (a minute)."""
     return _made("demo-drive", DRIVE, progress) / "val_000"
 
@@ -40,19 +42,16 @@ def demo_bag(progress: Progress = _silent) -> Path:
 def _made(name: str, config: ExportConfig, progress: Progress) -> Path:
     """The folder of an export in the cache.
 
-    It appears under its name when it is whole, so that two processes, or an interrupted one, leave no half of it.
+    It appears under its name when it is whole, so that an interrupted process leaves no half of it. Of several that
+    want it (a node and its player start together) one makes it, the others wait.
     """
     root = cache_dir() / f"{name}-{perception.__version__}"
-    if not root.exists():
-        root.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"{root.name}-", dir=root.parent))
-        try:
-            export(config, part, progress)
-            try:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with root.with_name(f"{root.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            with tempfile.TemporaryDirectory(prefix=f"{root.name}-", dir=root.parent) as scratch:
+                part = Path(scratch) / name
+                export(config, part, progress)
                 part.rename(root)
-            except OSError:
-                if not root.exists():  # else another process was faster
-                    raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return root
