@@ -19,6 +19,7 @@ from torch import nn
 from perception.config import Config, schema_of, validate
 from perception.device import usable_device
 from perception.errors import ConfigError, DataError
+from perception.networks.layers.resize import IMAGE_RESIZE
 from perception.types import IGNORE_LABEL, Boxes3D, Dataset, Localization, Needs, Prediction, Sample
 from perception.weights import WeightsProvenance, load_weights
 
@@ -40,12 +41,14 @@ class Predictor(Protocol):
         needs: what it reads of a sample.
         output: which kind of prediction it makes.
         weights: where its numbers come from; a result file records it.
+        image_resize: how it resizes images, which moves camera metrics; None where it reads none.
         degraded: what the last prediction had to do without ("camera back missing"), "" if nothing.
     """
 
     needs: Needs
     output: Output
     weights: WeightsProvenance
+    image_resize: str | None
     degraded: str
 
     def predict(self, sample: Sample) -> Prediction:
@@ -102,6 +105,7 @@ class NetworkPredictor:
         self.needs = network.needs
         self.output = network.output
         self.weights = weights
+        self.image_resize = IMAGE_RESIZE if network.needs.cameras else None
         self.degraded = ""
         self._network = network
 
@@ -146,6 +150,7 @@ class TruthEcho:
     """Predicts what is true. Scored against itself, every benchmark gives its best number."""
 
     needs = Needs()
+    image_resize: str | None = None
     degraded = ""
 
     def __init__(self, config: TruthEchoConfig, truths: Dataset | None) -> None:

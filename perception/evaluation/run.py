@@ -120,6 +120,7 @@ def evaluate(
         config=config,
         weights=predictor.weights if predictor else WeightsProvenance.not_needed(f"predictions of {predictions}"),
         device=device,
+        image_resize=predictor.image_resize if predictor else None,
     )
     return score, result
 

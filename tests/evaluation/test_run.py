@@ -19,6 +19,7 @@ from perception.errors import DataError
 from perception.evaluation.result import read_result, write_result
 from perception.evaluation.run import evaluate, load_run_config
 from perception.evaluation.semantickitti_submission import write_prediction
+from perception.systems import load_stack
 from perception.types import OccupancyGrid3D, PointCloud, Pose, Sample, Truth
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -168,8 +169,11 @@ def test_a_benchmark_of_another_data_set_is_refused(nuscenes, cache, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_loads(path):
-    config = load_run_config(path)
-    assert str(config.dataset.root).startswith("/data/")
+    if path.name == "vehicle.yaml":
+        assert load_stack(path).systems
+        return
+    root = load_run_config(path).dataset.root
+    assert root.is_relative_to("/data") or not root.is_absolute()
 
 
 def test_a_wrong_key_in_a_section_is_named_with_its_file(tmp_path):

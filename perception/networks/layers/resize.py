@@ -1,7 +1,8 @@
 """Bilinear resizing of uint8 images on any device, to the bit as OpenCV resizes them on the CPU.
 
 cv2.resize(INTER_LINEAR) of uint8 works in integers: weights are rounded to 1 / 2048; rows are blended first and cut to
-15 bits, then columns. Exactly half the size is the mean of four pixels. The released networks saw images made so; floating-point resizing differs by a grey level or two.
+15 bits, then columns. Exactly half the size is the mean of four pixels. The released networks saw images made so;
+floating-point resizing differs by a grey level or two.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+
+IMAGE_RESIZE = "bilinear in OpenCV's integers"
+"""What result files say of it."""
 
 _ONE = 2048  # OpenCV's INTER_RESIZE_COEF_SCALE
 

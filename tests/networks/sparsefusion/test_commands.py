@@ -73,6 +73,7 @@ def test_evaluation_on_the_official_layout(nuscenes: Path, weights: Path, tmp_pa
     write_result(tmp_path / "result.json", result)
     saved = read_result(tmp_path / "result.json")
     assert saved.weights == WeightsProvenance.of_file(weights)
+    assert saved.image_resize == "bilinear in OpenCV's integers"
     assert saved.config["predictor"]["queries"] == TINY.queries
     results = json.loads((tmp_path / "results_nusc.json").read_text())
     assert results["meta"]["use_camera"] and results["meta"]["use_lidar"] and not results["meta"]["use_radar"]
@@ -123,13 +124,14 @@ def test_prediction_on_a_synthetic_bag(weights: Path, tmp_path: Path):
     vehicle["systems"] = {"detector": {"predictor": predictor}}
     (tmp_path / "vehicle.yaml").write_text(yaml.safe_dump(vehicle))
     (job,) = load_jobs(tmp_path / "vehicle.yaml", demo_bag())
-    found = list(predict(job, limit=4))
-    assert len(found) == 4
-    sample, frame = found[-1]
-    assert set(sample.cameras) == {"front", "back"}
-    assert sample.lidars["top"].field("sweep").max() > 0, "sweeps accumulate"
-    assert len(frame.prediction) and np.isfinite(frame.prediction.center).all()
-    assert job.predictor.degraded == ""
+    samples, degraded = [], []
+    for sample, frame in predict(job, limit=14):
+        samples.append(sample)
+        degraded.append(job.predictor.degraded)
+        assert len(frame.prediction) and np.isfinite(frame.prediction.center).all()
+    assert degraded[0] == "camera front missing, back missing", "they begin half a second after the LiDAR"
+    assert degraded[-1] == "" and set(samples[-1].cameras) == {"front", "back"}
+    assert samples[-1].lidars["top"].field("sweep").max() == TINY.sweeps - 1
 
 
 @pytest.mark.slow
