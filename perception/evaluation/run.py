@@ -57,8 +57,12 @@ class RunConfig(Config):
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The evaluation in a YAML file: sections `dataset` and `predictor` (each with `name`), and `benchmark`."""
+    """The evaluation in a YAML file: sections `dataset` and `predictor` (each with `name`), and `benchmark`.
+
+    A section `training`, which `perception train` reads of the same file, is left alone.
+    """
     data = read_yaml(path)
+    data.pop("training", None)
     for override in overrides:
         apply_override(data, override)
     for section, parse in (("dataset", dataset_config), ("predictor", predictor_config)):
