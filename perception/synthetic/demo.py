@@ -13,7 +13,7 @@ from perception.cache import cache_dir
 from perception.synthetic.export import ExportConfig, Progress, export
 
 DEMO = ExportConfig(train=0, val=1, key_frames=4, occupancy=("occ3d",))
-DRIVE = ExportConfig(layout="rosbag", train=0, val=1, key_frames=4, image_size=(480, 270))
+DRIVE = ExportConfig(layout="rosbag", train=0, val=1, key_frames=4, image_size=(320, 180))
 
 
 def _say(what: str, done: int, total: int) -> None:
