@@ -345,6 +345,28 @@ def _run_ros(module: str, words: Sequence[str]) -> None:
     os.execv(sys.executable, [sys.executable, "-m", f"perception_ros.{module}", *words])  # noqa: S606
 
 
+@bench_app.command("sparsefusion")
+def bench_sparsefusion(
+    config: Annotated[
+        Path | None, typer.Argument(help="A configuration (.yaml). Without: the released one with a ResNet-50.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="A .safetensors file. Without: random weights, as fast.")] = None,
+    device: DeviceOption = "cpu",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the city that are predicted in turn.")] = 2,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs, after three to warm up.")] = 20,
+    set_: SetOption = None,
+) -> None:
+    """SparseFusion from point array and decoded images to boxes, stage by stage, one sample at a time."""
+    from perception.bench_sparsefusion import bench_network, city_samples
+    from perception.bench_sparsefusion import bench_sparsefusion as bench
+    from perception.tables import bench_table
+
+    network = bench_network(config, weights, set_ or [])
+    if weights is None:
+        err.print("random weights: the times are those of trained ones, the boxes mean nothing")
+    out.print(bench_table(bench(network, city_samples(network.config, samples, device), device, runs)))
+
+
 def _open(source: Path | None, overrides: list[str]) -> Dataset:
     """The data set at a root, of a configuration's `dataset` keys, or the small one that is written here."""
     from perception.config import apply_override, read_yaml

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "perception"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FORBIDDEN_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", "handler"}
-REACH_FOR_NETWORKS = ("predictor.py", "weights.py", "bench.py", "training/", "networks/")
+REACH_FOR_NETWORKS = ("predictor.py", "weights.py", "bench.py", "bench_sparsefusion.py", "training/", "networks/")
 LAZY = ("open3d", "nuscenes", "spconv", "rosbags", "mcap", "mcap_ros2", "rerun", "onnx", "onnxruntime", "mmdet3d")
 # Calls and settings that change the process, the machine or the network; patterns of fnmatch.
 SIDE_EFFECTS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -57,11 +58,21 @@ class CudaGraphs(Generic[T]):
         mine = tuple(t.clone(memory_format=torch.preserve_format) for t in inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._run(*mine, **fixed)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self._run(*mine, **fixed)
+        with _measured_algorithms():
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self._run(*mine, **fixed)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = self._run(*mine, **fixed)
         return _Captured(graph, mine, result)
+
+
+def _measured_algorithms() -> AbstractContextManager[None]:
+    """cuDNN takes the algorithms that it measures to be fastest: shapes are fixed, so that it measures once."""
+    cudnn = torch.backends.cudnn
+    flags: AbstractContextManager[None] = cudnn.flags(
+        enabled=cudnn.enabled, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32
+    )
+    return flags

@@ -54,21 +54,36 @@ class FastForward:
     @torch.inference_mode()
     def __call__(self, inputs: Inputs) -> Outputs:
         main = torch.cuda.current_stream()
-        cells = self._visible_cells(inputs)
-        levels: tuple[Tensor, ...] = ()
+        cells = self.visible_cells(inputs)
+        levels = None
         if self._image is not None:
-            assert inputs.images is not None
             self._beside.wait_stream(main)
             with torch.cuda.stream(self._beside):
-                levels = self._image_graphs(inputs.images)
-        tensors: list[Tensor] = []
-        if self._lidar is not None:
-            tensors.append(self._lidar.encoder(inputs.voxels, inputs.coordinates, inputs.batch_size))
+                levels = self.levels(inputs)
+        bev = None if self._lidar is None else self.bev(inputs)
         main.wait_stream(self._beside)
-        tensors += [m for m in (inputs.height_min, inputs.height_max, inputs.sparse_depth) if m is not None]
-        return self._rest_graphs(*tensors, *(inputs.calibration or ()), levels=levels, visible_cells=cells)
+        return self.rest(inputs, bev, levels, cells)
 
-    def _visible_cells(self, inputs: Inputs) -> int | None:
+    def levels(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The image branch."""
+        assert inputs.images is not None
+        return self._image_graphs(inputs.images)
+
+    def bev(self, inputs: Inputs) -> Tensor:
+        """The sparse encoder."""
+        assert self._lidar is not None
+        bev: Tensor = self._lidar.encoder(inputs.voxels, inputs.coordinates, inputs.batch_size)
+        return bev
+
+    def rest(
+        self, inputs: Inputs, bev: Tensor | None, levels: tuple[Tensor, ...] | None, visible_cells: int | None
+    ) -> Outputs:
+        """The BEV map's backbone and pyramid, and the head; of what the three methods above gave."""
+        maps = [m for m in (bev, inputs.height_min, inputs.height_max, inputs.sparse_depth) if m is not None]
+        return self._rest_graphs(*maps, *(inputs.calibration or ()), levels=levels, visible_cells=visible_cells)
+
+    def visible_cells(self, inputs: Inputs) -> int | None:
+        """BEV cells that a view sees at most, rounded up; None where there is no semantic transfer."""
         if self._lidar is None or self._image is None:
             return None
         assert inputs.height_min is not None
@@ -82,8 +97,8 @@ class FastForward:
         flat = images.flatten(0, 1).to(self._dtype, memory_format=torch.channels_last)
         return tuple(self._image(flat))
 
-    def _run_rest(self, *tensors: Tensor, levels: tuple[Tensor, ...], visible_cells: int | None) -> Outputs:
-        """All after the encoder and the image branch; the tensors are those of `__call__`, in its order."""
+    def _run_rest(self, *tensors: Tensor, levels: tuple[Tensor, ...] | None, visible_cells: int | None) -> Outputs:
+        """See `rest`, whose tensors these are, in its order."""
         left = list(tensors)
         bev = low = high = depth = calibration = None
         half = self._dtype != torch.float32
@@ -95,7 +110,7 @@ class FastForward:
             if self._image is not None:
                 depth = left.pop(0) if self._lidar is not None else None
                 calibration = Calibration(*left)
-            outputs: Outputs = self._head(bev, low, high, list(levels) or None, depth, calibration, visible_cells)
+            outputs: Outputs = self._head(bev, low, high, levels and list(levels), depth, calibration, visible_cells)
             return outputs
 
 

@@ -35,6 +35,7 @@ class SparseFusion(nn.Module):
 
     Attributes:
         needs: what it reads of a sample; the ablations need one kind of sensor alone.
+        fast: what predicts in place of the modules once `accelerate` was called; None before, and without a GPU.
         output: what it predicts.
     """
 
@@ -48,7 +49,7 @@ class SparseFusion(nn.Module):
         self.lidar = LidarBranch(config.lidar) if config.modality != "camera" else None
         self.image = ImageBranch(config.image) if config.modality != "lidar" else None
         self.head = Head(config)
-        self._fast: FastForward | None = None
+        self.fast: FastForward | None = None
 
     @classmethod
     def from_original(cls, state_dict: Mapping[str, Tensor], config: SparseFusionConfig) -> SparseFusion:
@@ -93,7 +94,7 @@ class SparseFusion(nn.Module):
         inputs = self.encode([sample])
         if inputs.voxels is not None and not len(inputs.voxels):
             return Boxes3D.empty(self.config.classes, sample.stamp_ns)
-        outputs: Outputs = self(inputs) if self._fast is None else self._fast(inputs)
+        outputs: Outputs = self(inputs) if self.fast is None else self.fast(inputs)
         return self.decode(outputs, [sample])[0]
 
     def accelerate(self) -> None:
@@ -102,7 +103,7 @@ class SparseFusion(nn.Module):
         Weights that change later do not show in predictions.
         """
         if self.encoder.mean.device.type == "cuda" and sparse_triton.installed():
-            self._fast = FastForward(self.lidar, self.image, self.head, getattr(torch, self.config.precision))
+            self.fast = FastForward(self.lidar, self.image, self.head, getattr(torch, self.config.precision))
 
     def degraded(self, sample: Sample) -> str:
         """What a prediction for this sample has to do without, "" if nothing: `camera back missing, front black`."""
