@@ -138,6 +138,17 @@ def test_a_known_number_of_visible_cells_gives_the_same():
     assert_equal(head(**inputs), head(**inputs, visible_cells=count + 256))
 
 
+def test_the_head_is_one_graph():
+    """Where the number of visible cells is known, nothing in it depends on data: no break for a compiler."""
+    config = small_config()
+    head, inputs = Head(config).eval(), head_inputs(config, 1)
+    count = head.visible_cells(inputs["height_min"], inputs["height_max"], inputs["calibration"])
+    with torch.no_grad():
+        compiled = torch.compile(head, backend="eager", fullgraph=True)
+        assert_equal(compiled(**inputs, visible_cells=count), head(**inputs))
+    torch._dynamo.reset()
+
+
 def test_autocast_stays_close():
     """Coordinates, boxes and logits in full precision, so 16 bits inside shift no box by a cell."""
     torch.manual_seed(1)
