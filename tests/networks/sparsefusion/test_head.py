@@ -138,6 +138,7 @@ def test_a_known_number_of_visible_cells_gives_the_same():
     assert_equal(head(**inputs), head(**inputs, visible_cells=count + 256))
 
 
+@pytest.mark.slow
 def test_the_head_is_one_graph():
     """Where the number of visible cells is known, nothing in it depends on data: no break for a compiler."""
     config = small_config()
