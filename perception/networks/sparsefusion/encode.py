@@ -109,8 +109,10 @@ class Encoder(nn.Module):
     # LiDAR
 
     def points(self, sample: Sample) -> Tensor:
-        """(N, 5): x, y, z (m) in the network's frame, intensity (0 to 255), time lag (s)."""
+        """(N, 5) of the sweeps that the network reads: x, y, z (m), intensity (0 to 255), time lag (s)."""
         cloud = _cloud(sample, self.config)
+        if "sweep" in cloud.fields and (older := cloud.fields["sweep"] >= self.config.sweeps).any():
+            cloud = cloud.select(~older)
         if "intensity" not in cloud.fields:
             role, names = self.config.lidar.role, ", ".join(["x", "y", "z", *cloud.fields])
             raise DataError(

@@ -55,6 +55,26 @@ def test_points_keep_order_frame_and_lag():
     assert_allclose(points[len(key) :, 4], 0.05, rtol=1e-6)
 
 
+def test_sweeps_beyond_the_network_s_are_left_out():
+    key, past, older = (cloud(stamp_ns=s, seed=s) for s in (3, 2, 1))
+    three, two = (Sample(3, lidars={"top": accumulate(sweeps)}) for sweeps in ([key, past, older], [key, past]))
+    assert_array_equal(encoder(sweeps=2).points(three), encoder(sweeps=3).points(two))
+
+
+@pytest.mark.gpu
+def test_a_gpu_encodes_the_same():
+    """To the bit where it counts: cells and grey levels. Depth and means may differ by rounding."""
+    config = tiny_sparsefusion()
+    samples = [sample(), sample([[0.1, 0.1, 0.1]], front=camera(1600, 900))]
+    here, there = Encoder(config).eval()(samples), Encoder(config).cuda().eval()(samples)
+    assert_array_equal(there.coordinates.cpu(), here.coordinates)
+    assert_array_equal(there.calibration.present.cpu(), here.calibration.present)
+    for name in ("voxels", "height_min", "height_max", "images", "sparse_depth"):
+        assert_allclose(getattr(there, name).cpu(), getattr(here, name), rtol=1e-6, atol=1e-6, err_msg=name)
+    for mine, its in zip(here.calibration[:5], there.calibration[:5], strict=True):
+        assert_array_equal(its.cpu(), mine)
+
+
 def test_voxels_are_means_with_batch_first():
     first = sample([[0.1, 0.1, 0.1], [0.3, 0.3, 0.1], [10.1, -19.9, 1.1]])
     second = sample([[-25.5, 25.5, 2.9]])
