@@ -63,7 +63,7 @@ def compare_predictions(kit: Kit, outputs: Outputs) -> None:
 
 
 def compare_statistics(kit: Kit, head: Head, mapped: dict[str, str]) -> None:
-    """Cells have the same places in every sample, so we embed them once: the unbiased variance then counts them once."""
+    """The cells' places are embedded once for all samples: the unbiased variance counts them once."""
     buffers, of_cells = dict(head.named_buffers()), "bn_point_transformer.decoder.0.cross_posembed."
     names = [name for name in kit.names("loss_trainp0") if name.startswith("bn_")]
     compared = 0
