@@ -66,7 +66,14 @@ class SelfLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
         """(B, N, C) of x (B, N, C), position (B, N, in) and mask, broadcastable to (B, N, N): who may attend whom."""
         query = x + self.query_position(position)
-        memory = query if self.key_position is None else x + self.key_position(position)
+        if self.key_position is not None:
+            memory = x + self.key_position(position)
+        else:
+            memory = query
+            if self.training:
+                # The released models embed the keys' positions once more: it moves the norm's statistics.
+                with torch.no_grad():
+                    self.query_position(position)
         x = self.norm_attention(x + self.dropout(self.attention(query, memory, mask)))
         return self.norm_feed_forward(x + self.dropout(self.feed_forward(x)))
 
