@@ -91,18 +91,15 @@ class Intake:
 
     def take(self, channel: str, topic: str, raw: bytes) -> None:
         """A sensor's message."""
-        try:
-            header = read_header(raw)
-        except ValueError as error:
-            self.refuse(topic, DataError(f"a message of {topic} is damaged: {error}", "check its publisher"))
+        stamp = self._stamp_of(topic, raw)
+        if stamp is None:
             return
         received = Received(raw, time.monotonic())
-        self._arrived(topic, header.stamp_ns)
         for vehicle, sync, offers in self._lanes:
             if channel not in vehicle.sensors.channels:
                 continue
             epoch = sync.epoch
-            sets = sync.push(channel, header.stamp_ns, received)
+            sets = sync.push(channel, stamp, received)
             if sync.epoch != epoch:
                 assert sync.last_jump is not None
                 self._jumped(sync.last_jump, sync)
@@ -116,6 +113,7 @@ class Intake:
         for stated in message.transforms:
             try:
                 transform = decode_transform(stated, topic)
+                self._arrived(topic, transform.stamp_ns)
                 if static:
                     self.frames.add_static(transform.parent, transform.child, transform.pose)
                     continue
@@ -125,16 +123,15 @@ class Intake:
                     newest = transform.stamp_ns
                 self._newest_ns[transform.child] = max(newest, transform.stamp_ns)
                 self.frames.add(transform.parent, transform.child, transform.stamp_ns, transform.pose)
-                self._arrived(topic, transform.stamp_ns)
             except PerceptionError as error:
                 self.refuse(topic, error)
         self._notify()
 
     def take_camera_info(self, channel: str, sensor: CameraSensor, raw: bytes) -> None:
         """A sensor_msgs/CameraInfo; decoded where it says something new."""
-        if self._infos.get(channel) == raw[12:]:  # all but the stamp
-            return
         topic = sensor.camera_info
+        if self._stamp_of(topic, raw) is None or self._infos.get(channel) == raw[12:]:  # all but the stamp
+            return
         try:
             message = self.deserialize("sensor_msgs/msg/CameraInfo", raw)
             self.models[channel] = decode_camera_info(message, sensor.rectified, sensor.balance, topic)
@@ -181,6 +178,16 @@ class Intake:
         """Whether a thread (its `ident`) waits for more than has been taken so far."""
         with self._changed:
             return thread is not None and self._waiting.get(thread) == self._generation
+
+    def _stamp_of(self, topic: str, raw: bytes) -> int | None:
+        """A message's stamp, its arrival noted; None where it is damaged."""
+        try:
+            stamp = read_header(raw).stamp_ns
+        except ValueError as error:
+            self.refuse(topic, DataError(f"a message of {topic} is damaged: {error}", "check its publisher"))
+            return None
+        self._arrived(topic, stamp)
+        return stamp
 
     def _arrived(self, topic: str, stamp: int) -> None:
         arrivals = self.arrivals.setdefault(topic, Arrivals())

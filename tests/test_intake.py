@@ -14,85 +14,22 @@ import pytest
 
 pytest.importorskip("rosbags", reason="rosbags (extra: bag) is not installed")
 
-from perception.datasets.rosbag import Rosbag, RosbagConfig, RosbagWriter
+from short_drive import COUNT, NEEDS, PERIOD_NS, START_NS, VEHICLE, Recorder, write_drive
+
+from perception.datasets.rosbag import Rosbag, RosbagConfig
 from perception.datasets.rosbag_file import BagFile, Logged, typestore
 from perception.errors import DataError
-from perception.evaluation.result import WeightsProvenance
 from perception.intake import Intake
 from perception.systems import System, SystemConfig, vehicle_for
-from perception.types import Boxes3D, CameraImage, Imu, Needs, Odometry, PointCloud, Pose, Sample
-from perception.vehicle import VehicleConfig
+from perception.types import Sample
 from perception.worker import Predicted, Worker
 
-START_NS = 1_600_000_000_000_000_000
-PERIOD_NS = 50_000_000
-COUNT = 16
-LOOK_AHEAD = Pose(np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]]), np.array([1.5, 0, 1.2]))
 SMALL_TOPICS = {"/tf": "take_transforms", "/tf_static": "take_transforms", "/imu": "take_imu", "/odom": "take_odometry"}
-
-
-def drive(stamp_ns: int) -> Pose:
-    t = (stamp_ns - START_NS) * 1e-9
-    return Pose.from_yaw(0.3 * t, (10 * t, t * t, 0.1))
-
-
-def sample(k: int) -> Sample:
-    stamp, rng = START_NS + k * PERIOD_NS, np.random.default_rng(k)
-    xyz = rng.uniform(-20, 20, (200, 3)).astype(np.float32)
-    lidar = PointCloud(xyz, {"intensity": xyz[:, 0] + 50}, Pose.from_yaw(0.1, (1, 0, 1.8)), stamp)
-    taken = stamp - 20_000_000
-    moved = drive(stamp).inverse() @ drive(taken) @ LOOK_AHEAD
-    intrinsic = np.array([[30.0, 0, 16], [0, 30, 8], [0, 0, 1]])
-    image = CameraImage(rng.integers(0, 255, (16, 32, 3), np.uint8), intrinsic, moved, taken)
-    fast = stamp - np.arange(4, -1, -1) * 10_000_000
-    return Sample(
-        stamp,
-        {"top": lidar},
-        cameras={"front": image},
-        imu=Imu(fast, rng.normal(size=(5, 3)), rng.normal(size=(5, 3))),
-        odometry=Odometry(fast[::2].copy(), rng.normal(size=(3, 3)), rng.normal(size=(3, 3))),
-    )
 
 
 @pytest.fixture(scope="module")
 def bag(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("bag") / "drive"
-    with RosbagWriter(path) as writer:
-        writer.start(drive)
-        for k in range(COUNT):
-            writer.add(sample(k))
-    return path
-
-
-VEHICLE = VehicleConfig.model_validate(
-    {
-        "clock_jump_s": 0.3,
-        "sensors": {
-            "lidars": {"top": {"topic": "/lidar_top"}},
-            "cameras": {"front": {"topic": "/cam_front/image_rect_compressed", "rectified": True}},
-        },
-    }
-)
-NEEDS = Needs(lidar=("x", "y", "z", "intensity", "time_lag"), cameras=("front",), sweeps=10, motion=True)
-
-
-class Recorder:
-    """Remembers the samples that it is given."""
-
-    output = "boxes"
-    degraded = ""
-    weights = WeightsProvenance.not_needed("a recorder")
-
-    def __init__(self, needs: Needs = NEEDS, act: Callable[[Sample], None] = lambda sample: None) -> None:
-        self.needs, self.samples, self.resets, self._act = needs, [], 0, act
-
-    def predict(self, sample: Sample) -> Boxes3D:
-        self.samples.append(sample)
-        self._act(sample)
-        return Boxes3D.empty(("car",), sample.stamp_ns)
-
-    def reset(self) -> None:
-        self.resets += 1
+    return write_drive(tmp_path_factory.mktemp("bag") / "drive")
 
 
 class Live:
