@@ -72,6 +72,17 @@ def test_eval_prints_the_table_and_writes_the_result(perception, nuscenes, tmp_p
     assert (tmp_path / "out" / "nuscenes_detection.json").is_file()
 
 
+def test_eval_of_a_network_wants_its_weights(perception, nuscenes):
+    arguments = [
+        "eval", CONFIGS / "sparsefusion_nuscenes_r50.yaml", "--data", nuscenes,
+        "--set", "dataset.version=v1.0-mini", "--set", "dataset.split=mini_val",
+    ]  # fmt: skip
+    done = perception(*arguments)
+    assert done.code == 2 and "predictor sparsefusion: no weights" in done.err and "--weights FILE" in done.err
+    done = perception(*arguments, "--weights", "none.safetensors")
+    assert done.code == 2 and "none.safetensors: " in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
