@@ -54,6 +54,8 @@ class StreamConfig(Config):
         per_scene: key frames of each street.
         together: of these, simulated at once: a GPU is faster with 4 to 8.
         refresh: go on simulating when the pool is full; else only draw.
+        folder: keep the pool there, one for all trainings that run beside each other and name it; it is filled once
+            and not refreshed. A RAM disk: a sample is some 8 MB. What is drawn then depends on who is faster.
     """
 
     pool: int = Field(2000, ge=1)
@@ -61,6 +63,7 @@ class StreamConfig(Config):
     per_scene: int = Field(8, ge=1)
     together: int = Field(4, ge=1)
     refresh: bool = True
+    folder: Path | None = None
 
 
 class TrainingConfig(Config):
@@ -72,6 +75,7 @@ class TrainingConfig(Config):
         stream: of the city.
         augment: None changes nothing.
         steps: optimiser steps; `batch_size` samples a step in each process.
+        minutes: the schedule ends after so long where the steps take longer: rates fall with the time that is left.
         workers: processes of each training process that read, simulate and augment; 0 is a thread of itself.
         weights: files that parameters are taken from before the first step, those that are there and fit; the rest
             stays as it was initialised, and a report says how much. Later files win.
@@ -90,6 +94,7 @@ class TrainingConfig(Config):
     stream: StreamConfig = StreamConfig()
     augment: AugmentConfig | None = AugmentConfig()
     steps: int = Field(gt=0)
+    minutes: float | None = Field(None, gt=0)
     batch_size: int = Field(4, ge=1)
     workers: int = Field(4, ge=0)
     optimiser: OptimiserConfig = OptimiserConfig()

@@ -6,6 +6,7 @@ as if it had never stopped. The city has no such places: taken up again, it goes
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import signal
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from perception.synthetic.city import CityConfig
 from perception.synthetic.stream import Pair, pairs
 from perception.training.config import StreamConfig, TrainingConfig
 from perception.training.distributed import Place
+from perception.training.pool import SharedPool
 from perception.types import Dataset, Needs, PointCloud, Sample, Truth
 
 Draw = tuple[int, int]
@@ -173,6 +175,12 @@ class CityStream(IterableDataset):
             torch.set_num_threads(1)
         first, step = self._place.rank * workers + w, self._place.count * workers
         rng = np.random.default_rng([self._seed, first])
+        drawn = self._own(first, step, workers, rng) if self._stream.folder is None else self._shared(first, rng)
+        for pair in drawn:
+            yield _packed(pair, self._augment, rng.integers(2**31, size=2).tolist())
+
+    def _own(self, first: int, step: int, workers: int, rng: np.random.Generator) -> Iterator[Pair]:
+        """Draws from a pool of this worker's own."""
         size = max(1, self._stream.pool // workers)
         pool: list[Pair] = []
         source = pairs(self._city, self._stream.together, first, step, self._stream.per_scene)
@@ -187,7 +195,33 @@ class CityStream(IterableDataset):
                         pool[count % size] = pair
                     count += 1
             for _ in range(self._stream.reuse * self._stream.together):
-                yield _packed(pool[rng.integers(len(pool))], self._augment, rng.integers(2**31, size=2).tolist())
+                yield pool[rng.integers(len(pool))]
+
+    def _shared(self, first: int, rng: np.random.Generator) -> Iterator[Pair]:
+        """Draws from the folder, to which this worker adds the streets that it is the first to claim."""
+        assert self._stream.folder is not None
+        pool = SharedPool(self._stream.folder)
+        streets = -(-self._stream.pool // self._stream.per_scene)
+        for street in np.roll(np.arange(streets), -first).tolist():  # workers begin at different places
+            if not pool.claim(street):
+                continue
+            made = pairs(self._city, self._stream.together, street, 1, self._stream.per_scene)
+            for i, pair in enumerate(itertools.islice(made, self._stream.per_scene), 1):
+                pool.add(_for_any(*pair))
+                if i % self._stream.together == 0:
+                    pool.refresh()
+                    for _ in range(self._stream.reuse * self._stream.together):
+                        yield trimmed(*pool.draw(rng), self._needs)
+        for count in itertools.count():
+            if count % 100 == 0:
+                pool.refresh()  # others may still be at work
+            yield trimmed(*pool.draw(rng), self._needs)
+
+
+def _for_any(sample: Sample, truth: Truth) -> Pair:
+    """Trimmed to what any network may read: trainings that share a pool may be of different ones."""
+    radar = {name for cloud in sample.radars.values() for name in cloud.fields}
+    return trimmed(sample, truth, Needs(("intensity",), tuple(radar), tuple(sample.cameras)))
 
 
 def batches(

@@ -132,32 +132,39 @@ class Training:
         A checkpoint is written in each case.
 
         Returns:
-            Whether the last step was made.
+            Whether the schedule came to its end.
 
         Raises:
             PerceptionError: a loss is not finite.
         """
         config = self.config
-        end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+        start = time.monotonic()
+        end = start + 60 * minutes if minutes is not None else float("inf")
         training_mode(self.network, config.fixed_statistics)
         with _stop_asked_for() as stop, _Log(self) as log, _Ahead(self.network, batches, self.place.device) as ready:
-            while self.step < config.steps:
+            while (share := self._share(start)) < 1:
                 began = time.monotonic()
                 inputs, targets = next(ready)
                 waited = time.monotonic() - began
-                losses, norm, factor = self._learn(inputs, targets)
+                losses, norm, factor = self._learn(inputs, targets, share)
                 self.step += 1
                 log.add(losses, norm, factor, waited)
-                done = self.place.any(stop.is_set() or time.monotonic() > end) or self.step == config.steps
+                done = self.place.any(stop.is_set() or time.monotonic() > end or self._share(start) >= 1)
                 if done or self.step % config.checkpoint_every == 0:
                     self.save()
                 if done:
                     break
-        return self.step == config.steps
+        return self._share(start) >= 1
 
-    def _learn(self, inputs: Any, targets: Any) -> tuple[dict[str, Tensor], Tensor, float]:
+    def _share(self, start: float) -> float:
+        """How much of the schedule is over, by steps or by time."""
         config = self.config
-        factor = schedule(self.optimiser, config.optimiser, self.step / config.steps)
+        elapsed = (time.monotonic() - start) / (60 * config.minutes) if config.minutes is not None else 0.0
+        return min(1.0, max(self.step / config.steps, elapsed))
+
+    def _learn(self, inputs: Any, targets: Any, share: float) -> tuple[dict[str, Tensor], Tensor, float]:
+        config = self.config
+        factor = schedule(self.optimiser, config.optimiser, share)
         dtype = getattr(torch, config.precision)
         with torch.autocast(self.place.device.type, dtype, enabled=dtype != torch.float32):
             outputs = self._wrapped(inputs)
@@ -305,7 +312,7 @@ class _Log:
         values = torch.stack([*(term.detach().float() for term in losses.values()), norm.float()])
         self._sums = values if self._sums is None else self._sums + values
         self._names, self._steps, self._waited = list(losses), self._steps + 1, self._waited + waited
-        if training.step % training.config.log_every and training.step != training.config.steps:
+        if training.step % training.config.log_every:
             return
         *means, norm_mean = training.place.mean(self._sums / self._steps).tolist()
         self._check(dict(zip(self._names, means, strict=True)))

@@ -132,3 +132,17 @@ def test_the_city_is_drawn_again_and_augmented_anew():
 def test_processes_simulate_different_streets():
     first, second = (next(iter(stream(Place(rank, 2, torch.device("cpu"))))).open()[0].token for rank in range(2))
     assert first.split("-")[:2] != second.split("-")[:2]
+
+
+def test_trainings_that_share_a_folder_share_its_streets(tmp_path):
+    def tokens(place, needs):
+        city = CityStream(
+            SMALL, needs, StreamConfig(pool=2, per_scene=1, together=1, folder=tmp_path), AugmentConfig(), 0, place
+        )
+        return [p.open()[0] for p in itertools.islice(city, 4)]
+
+    seen = tokens(ALONE, NEEDS)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    blind = tokens(Place(1, 2, torch.device("cpu")), Needs(cameras=("front",)))  # nothing is simulated again
+    assert {s.token for s in blind} <= {s.token for s in seen} | {p.stem for p in tmp_path.glob("*.safetensors")}
+    assert all(len(s.lidars["top"]) for s in seen) and not any(len(s.lidars["top"]) for s in blind)

@@ -105,6 +105,13 @@ def test_a_limit_of_time_stops_with_a_checkpoint(tmp_path):
     assert start(tmp_path, config(10_000), resume=True).step == training.step
 
 
+def test_a_schedule_that_runs_out_of_time_ends_with_the_smallest_rate(tmp_path):
+    seen = []
+    training = start(tmp_path, config(10_000, minutes=0.03), report=lambda p: seen.append(p.lr_factor))
+    assert run(training)
+    assert max(seen) > 7 and seen[-1] < 0.5 and training.step < 10_000
+
+
 def test_bfloat16_learns_in_float32_weights(tmp_path):
     training = start(tmp_path, config(precision="bfloat16"))
     assert run(training)
