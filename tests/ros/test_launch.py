@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -147,8 +146,11 @@ def test_an_executable_that_is_not_there_is_told():
 CHILD = """#!{python}
 import signal, sys, time
 def stop(*_):
-    print("asked to stop"); sys.exit({code})
-signal.signal(signal.SIGINT, {handler})
+    print("asked to stop"); sys.exit(0)
+for number in {deaf}:
+    signal.signal(number, signal.SIG_IGN)
+if not {deaf}:
+    signal.signal(signal.SIGINT, stop)
 print("ready", *sys.argv[1:], flush=True)
 {body}
 """
@@ -163,9 +165,9 @@ def launched(tmp_path, monkeypatch):
 
     def start(on_exit: str = "None", **bodies: str) -> subprocess.Popen:
         for name, body in bodies.items():
-            handler = "signal.SIG_IGN" if name == "deaf" else "stop"
+            deaf = {"busy": "[signal.SIGINT]", "deaf": "[signal.SIGINT, signal.SIGTERM]"}.get(name, "[]")
             program = prefix / "lib" / "made_up" / name
-            program.write_text(CHILD.format(python=sys.executable, code=0, handler=handler, body=body))
+            program.write_text(CHILD.format(python=sys.executable, deaf=deaf, body=body))
             program.chmod(0o755)
         made = [f"Node(package='made_up', executable='{n}', name='{n}', on_exit={on_exit})" for n in bodies]
         file = tmp_path / "made_up.launch.py"
@@ -208,14 +210,15 @@ def test_a_signal_stops_all_in_order(launched, number):
     assert "[first-1] asked to stop" in out and "[second-2] asked to stop" in out
 
 
-def test_one_that_does_not_listen_is_killed(launched):
-    process = launched(deaf="time.sleep(60)")
-    wait_for(process, "[deaf-1] ready")
+@pytest.mark.parametrize(
+    ("name", "code"), [("busy", -signal.SIGTERM), pytest.param("deaf", -signal.SIGKILL, marks=pytest.mark.slow)]
+)
+def test_one_that_does_not_listen_is_ended_all_the_same(launched, name, code):
+    process = launched(**{name: "time.sleep(60)"})
+    wait_for(process, f"[{name}-1] ready")
     process.send_signal(signal.SIGINT)
-    begin = time.monotonic()
-    out, _ = process.communicate(timeout=20)
-    assert "deaf-1 has ended with exit code -9" in out and process.returncode == 1
-    assert time.monotonic() - begin >= stand_in.SIGKILL_AFTER_S
+    out, _ = process.communicate(timeout=30)
+    assert f"{name}-1 has ended with exit code {code}" in out and process.returncode == 1
 
 
 def test_the_end_of_one_can_end_all_and_a_failure_is_the_exit_code(launched):

@@ -25,7 +25,8 @@ import yaml
 
 from perception.errors import PerceptionError
 
-SIGKILL_AFTER_S = 5.0
+SIGTERM_AFTER_S, SIGKILL_AFTER_S = 5.0, 5.0
+"""How long a process that was interrupted, then terminated, is waited for: launch's own defaults."""
 
 
 class LaunchConfiguration:
@@ -195,10 +196,14 @@ class Process:
             self.process.send_signal(signal.SIGINT)
 
     def join(self) -> None:
-        try:
-            self.process.wait(SIGKILL_AFTER_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Wait for the end, and enforce it."""
+        for number, after_s in ((signal.SIGTERM, SIGTERM_AFTER_S), (signal.SIGKILL, SIGKILL_AFTER_S)):
+            try:
+                self.process.wait(after_s)
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, number)
+        self.process.wait()
         self.thread.join(SIGKILL_AFTER_S)
 
 
@@ -256,7 +261,7 @@ def install() -> None:
 def run(path: Path, arguments: Mapping[str, str]) -> int:
     """Execute a launch file until all its processes have ended, one asks for shutdown, or SIGINT or SIGTERM comes.
 
-    Processes get SIGINT, and SIGKILL after five seconds more.
+    Processes get SIGINT, five seconds later SIGTERM, and another five later SIGKILL.
 
     Returns:
         0 if every process ended well, else 1.
