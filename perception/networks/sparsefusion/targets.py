@@ -195,7 +195,7 @@ def _draw_peaks(
         x, y, radius: (B, M) int64, in cells; sigma is a sixth of the diameter.
         exists: (B, M).
     """
-    reach = int(radius[exists].max()) if exists.any() else 0
+    reach = int((radius * exists).max()) if exists.numel() else 0
     offset = torch.arange(-reach, reach + 1, device=x.device)
     dy, dx = offset[:, None], offset[None]  # of the window's cells
     x, y, radius = x[..., None, None], y[..., None, None], radius[..., None, None]  # (B, M, 1, 1)

@@ -82,8 +82,8 @@ def test_without_true_boxes_there_are_labels_to_learn_and_finite_gradients():
     prediction = prediction_at(10, 20)
     prediction = BoxPrediction(*(p.clone().requires_grad_() for p in prediction))
     terms = losses(lidar_outputs(prediction), lidar_targets(boxes_at()), None, CONFIG)
-    assert float(terms["point_label"]) == pytest.approx(4 * 0.75 * 0.25 * math.log(2), rel=1e-6)
-    assert float(terms["point_box"]) == 0
+    assert terms["point_label"].item() == pytest.approx(4 * 0.75 * 0.25 * math.log(2), rel=1e-6)
+    assert terms["point_box"].item() == 0
     sum(terms.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in prediction if p.grad is not None)
 
@@ -160,3 +160,21 @@ def test_the_camera_heatmap_counts_on_the_image_alone(valid_px, present, tokens)
     """Logits of 0: a quarter of log 2 from every token and class; the penalty of the peak is the same there."""
     value = heatmap_case(valid_px, present)["image_heatmap"]
     assert float(value) == pytest.approx(0.1 * tokens * 2 * 0.25 * math.log(2), rel=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_losses():
+    outputs, targets = camera_case(views=(0, 1, 1, 0), true_views=(1, 0, 0))
+    point = prediction_at(10, 20, 30, 41)
+    outputs, boxes = outputs._replace(point=point, fusion=point, view=point), boxes_at(40.5, 11)
+
+    def there(value, device):
+        return type(value)(
+            *(there(v, device) if isinstance(v, tuple) else v.to(device) for v in value if v is not None)
+        )
+
+    here = losses(outputs, targets._replace(boxes=boxes), None, CONFIG)
+    moved = outputs._replace(**{n: there(getattr(outputs, n), "cuda") for n in ("image", "point", "view", "fusion")})
+    on_gpu = Targets(there(boxes, "cuda"), there(targets.image, "cuda"), None, None)
+    for name, value in losses(moved, on_gpu, None, CONFIG).items():
+        assert value.item() == pytest.approx(here[name].item(), rel=1e-5), name
