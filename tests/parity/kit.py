@@ -32,7 +32,7 @@ class Kit:
         self.root = root
         self.rule: dict[str, Any] = json.loads(self._file("weights.json").read_text())
         self.manifest: dict[str, Any] = json.loads(self._file("manifest.json").read_text())
-        self._state_dict = lru_cache(1)(self._make_state_dict)
+        self._state_dict = lru_cache(2)(self._make_state_dict)
         self._arrays = lru_cache(4)(lambda file: np.load(self._file(f"{file}.npz"), allow_pickle=False))
 
     def _file(self, name: str) -> Path:
