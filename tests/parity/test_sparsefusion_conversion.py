@@ -11,9 +11,11 @@ from parity.kit import Kit
 from typer.testing import CliRunner
 
 from perception import cli
-from perception.errors import DataError
+from perception.errors import DataError, PerceptionError
 from perception.networks.sparsefusion import SparseFusion, SparseFusionConfig
 from perception.weights import convert_weights, load_weights, read_manifest, read_weights
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def write_checkpoint(path: Path, state: dict[str, torch.Tensor]) -> Path:
@@ -94,4 +96,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(kit: Kit, tmp_path: P
     write_checkpoint(file, {"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)})
     with pytest.raises(DataError, match=r"epoch_6.pth: neither of the released image backbones"):
         convert_weights("sparsefusion", file, out)
+    write_checkpoint(file, official)
+    with pytest.raises(
+        DataError, match=r"does not fit the network of its configuration: \d+ missing: image.backbone.patch"
+    ):
+        convert_weights("sparsefusion", file, out, CONFIGS / "sparsefusion_nuscenes_swint.yaml")
+    with pytest.raises(PerceptionError, match=r"nuscenes_detection.yaml: .*predictor"):
+        convert_weights("sparsefusion", file, out, CONFIGS / "nuscenes_detection.yaml")
     assert not out.exists()
+    convert_weights("sparsefusion", file, out, CONFIGS / "sparsefusion_nuscenes_r50.yaml")
+    assert read_manifest(out).config["image"]["backbone"] == "resnet50"
