@@ -7,7 +7,9 @@ known of the vehicle is in the file that the parameter `config` names.
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,9 +24,10 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import ParameterDescriptor, SetParametersResult
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from rclpy.signals import SignalHandlerOptions
 from std_msgs.msg import String
 
 from perception.errors import PerceptionError
@@ -219,25 +222,38 @@ class PerceptionNode(LifecycleNode):
 
 def main() -> None:
     """Run the node until Ctrl-C or SIGTERM; exit code 2 where it cannot start."""
-    rclpy.init(args=sys.argv)
-    node, ok = None, True
+    ok = _run()
+    gc.collect()  # the lifecycle's state machine holds the node in a cycle, and with it DDS' shared memory
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if ok else 2)  # all is closed; to take the interpreter down with torch in it would be seconds more
+
+
+def _run() -> bool:
+    """Whether the node ran."""
+    # rclpy's own handlers end ROS at once, under the feet of callbacks and workers; a KeyboardInterrupt lets them stop
+    # first. It is raised between two waits, which are short for that.
+    rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts what is in its background deaf to it
+        signal.signal(number, signal.default_int_handler)
+    node, executor = None, SingleThreadedExecutor()
     try:
         node = PerceptionNode()
-        executor = SingleThreadedExecutor()
         executor.add_node(node)
-        ok = node.autostart()
-        if ok:
-            executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
+        if not node.autostart():
+            return False
+        while True:
+            executor.spin_once(timeout_sec=0.1)
+    except KeyboardInterrupt:
+        return True
     except PerceptionError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        ok = False
+        return False
     finally:
+        executor.shutdown()
         if node is not None:
             node.close()
         rclpy.try_shutdown()
-    sys.exit(0 if ok else 2)
 
 
 if __name__ == "__main__":
