@@ -8,6 +8,7 @@ dropped or overtaken then, so that predictions are those of `perception predict`
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ from perception.errors import DataError, PerceptionError
 from perception.playback import CLOCK_TOPIC, Playback, PlaybackConfig, PlayedTopic, Tick
 from perception_ros.cdr import CdrWriter, put_time
 from perception_ros.interfaces import ensure
+from perception_ros.up import launch_folder
 
 LISTENERS_S = 2.0
 """Longest wait for a first subscriber before a free run begins."""
@@ -130,7 +132,8 @@ class Player:
             raise DataError(
                 f"{self.config.wait} did not answer to {message.topic} of log time {message.log_ns} ns within "
                 f"{self.config.wait_s} s",
-                "see what the node says; a larger --wait-s suits a slower predictor",
+                "see what the node says; a larger --wait-s suits a slower predictor; where it never came, messages get "
+                "lost: set FASTDDS_DEFAULT_PROFILES_FILE to configs/fastdds_shm.xml",
             )
 
     def _tick(self, log_ns: int) -> None:
@@ -294,8 +297,18 @@ def _demo_bag() -> Path:
     return demo_bag(lambda what, done, total: typer.echo(f"making a drive in a small city: {done} of {total}"))
 
 
+def _choose_profile() -> None:
+    """Take the shipped Fast DDS profile where none is chosen: its shared memory belongs to the publisher, and in the
+    512 KiB of the default most clouds get lost."""
+    if {"FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"} & os.environ.keys():
+        return
+    variable = "FASTRTPS" if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy") else "FASTDDS"
+    os.environ[f"{variable}_DEFAULT_PROFILES_FILE"] = str(launch_folder().parent / "configs" / "fastdds_shm.xml")
+
+
 def main() -> None:
     """Run `perception play`: what the user can mend is one message, and exit code 2."""
+    _choose_profile()
     try:
         app(args=remove_ros_args(sys.argv)[1:], prog_name="perception play")
     except PerceptionError as error:
