@@ -44,6 +44,8 @@ class Intake:
     Args:
         deserialize: makes messages of bytes.
         clock_jump_s: a stamp that falls back by more begins a new epoch.
+        offered: called after each set; in lock step it waits, for of two sets of one message the second would
+            supersede the first.
 
     Attributes:
         frames: the transforms.
@@ -55,7 +57,9 @@ class Intake:
         jumps: how often the clock has jumped back.
     """
 
-    def __init__(self, deserialize: Deserialize, clock_jump_s: float = 1.0) -> None:
+    def __init__(
+        self, deserialize: Deserialize, clock_jump_s: float = 1.0, offered: Callable[[], object] = lambda: None
+    ) -> None:
         self.frames = FrameTree()
         self.models: dict[str, CameraModel] = {}
         self.arrivals: dict[str, Arrivals] = {}
@@ -64,6 +68,7 @@ class Intake:
         self.last_fault: PerceptionError | None = None
         self.jumps = 0
         self.deserialize = deserialize
+        self._offered = offered
         self._jump_ns = round(clock_jump_s * 1e9)
         self._lanes: list[tuple[VehicleConfig, Synchronizer, list[Callable[[Draft], None]]]] = []
         self._backlogs: list[tuple[VehicleConfig, Backlog]] = []
@@ -107,6 +112,7 @@ class Intake:
                 draft = Draft(self, synced, sync.config.anchor)
                 for offer in offers:
                     offer(draft)
+                self._offered()
 
     def take_transforms(self, message: Any, topic: str, static: bool) -> None:
         """A tf2_msgs/TFMessage."""

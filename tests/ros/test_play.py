@@ -292,6 +292,20 @@ class TestTheNode:
         assert {stamp: used for stamp, (_, used) in offline.items()} == used_stamps(probe)
 
     @pytest.mark.usefixtures("ros", "interfaces")
+    def test_so_it_is_where_one_message_completes_several_samples(self, bag, vehicle, request):
+        """With `wait_s` a LiDAR's message waits for cameras, so that one image may complete two samples."""
+        vehicle.write_text("wait_s: 0.1\n" + builders.BAG_VEHICLE)
+        offline = request.getfixturevalue("offline")
+        with self.listening(vehicle) as probe:
+            playing = player(bag, wait="/perception")
+            playing.play()
+            probe.wait(lambda: all(len(messages) >= FRAMES - 3 for messages in probe.heard.values()))
+            playing.close()
+        found = by_stamp(probe, "detections")  # the last ones still wait for images when the bag has ended
+        assert list(found) == sorted(offline)[: len(found)]
+        assert found == {stamp: offline[stamp][0] for stamp in found}
+
+    @pytest.mark.usefixtures("ros", "interfaces")
     def test_freely_they_are_the_same_wherever_the_used_stamps_agree(self, bag, vehicle, offline):
         with self.listening(vehicle) as probe:
             playing = player(bag, rate=0.5)

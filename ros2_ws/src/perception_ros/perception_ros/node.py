@@ -151,7 +151,7 @@ class PerceptionNode(LifecycleNode):
 
     def _subscribe(self) -> None:
         assert self.stack is not None
-        intake = Intake(deserialize, self.stack.clock_jump_s)
+        intake = Intake(deserialize, self.stack.clock_jump_s, self._settle)
         for system, outputs in zip(self.systems, self._outputs, strict=True):
             wait_s = self.stack.transform_wait_s
             worker = Worker(system, intake, self._pool, wait_s, outputs.wanted, outputs.publish, self._out_of_memory)
@@ -175,13 +175,18 @@ class PerceptionNode(LifecycleNode):
     def _out_of_memory(self, reason: str) -> None:
         self._fatal = reason  # in a worker's thread; the next diagnosis, in the executor's, deactivates
 
-    def _answer(self, topic: str) -> None:
-        """In lock step, tell the player that all that comes of a message has been published."""
+    def _settle(self) -> bool:
+        """In lock step, wait until all that comes of what was taken has been published; whether it is lock step."""
         if not self._received.get_subscription_count():
-            return
+            return False
         while not all(worker.settled for worker in self.workers) and self.context.ok():
             time.sleep(0.001)
-        self._received.publish(String(data=topic))
+        return True
+
+    def _answer(self, topic: str) -> None:
+        """In lock step, tell the player that all that comes of a message has been published."""
+        if self._settle():
+            self._received.publish(String(data=topic))
 
     def _set_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
         for parameter in parameters:
