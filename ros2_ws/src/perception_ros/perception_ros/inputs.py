@@ -42,8 +42,9 @@ TF_STATIC_QOS = QoSProfile(
 
 def deserialize(message_type: str, raw: bytes) -> Any:
     """The message in CDR bytes; DataError where they are not of that type."""
+    kind = message_class(message_type)
     try:
-        return deserialize_message(raw, message_class(message_type))
+        return deserialize_message(raw, kind)
     except Exception as error:  # rclpy gives whatever the middleware raises
         raise DataError(
             f"a message of {len(raw)} bytes is no {message_type}: {error}", "check its publisher's message version"
