@@ -110,11 +110,12 @@ def _fast(network: SparseFusion, fast: FastForward, sample: Sample) -> Stages:
     inputs = network.encode([sample])
     outputs = fast(inputs)
     cells = fast.visible_cells(inputs)
-    levels = None if network.image is None else fast.levels(inputs)
+    levels = None if inputs.images is None else fast.levels(inputs.images)
     bev = None if network.lidar is None else fast.bev(inputs)
     stages: Stages = {"encode: points to voxels, images to the canvas": lambda: network.encode([sample])}
-    if levels is not None:
-        stages["image branch"] = lambda: fast.levels(inputs)
+    if inputs.images is not None:
+        images = inputs.images
+        stages["image branch"] = lambda: fast.levels(images)
     if bev is not None:
         stages["sparse encoder"] = lambda: fast.bev(inputs)
     if cells is not None:

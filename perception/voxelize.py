@@ -100,7 +100,9 @@ def hard_voxels(
     begins = inside.clone()
     begins[1:] &= key[1:] != key[:-1]
     place = torch.arange(len(key), device=key.device)
-    start = torch.where(begins, place, 0).cummax(0).values
+    group = begins.cumsum(0)  # 1 for the points of the first voxel; with 0 and beyond the last, points outside
+    start = torch.zeros(len(key) + 1, dtype=torch.int64, device=key.device)
+    start = start.scatter_(0, torch.where(begins, group, 0), place)[group]
     opened = torch.empty_like(key).scatter_(0, order, begins.long()).cumsum(0)  # voxels up to each point, in its order
     row = opened[order[start]] - 1  # (N,) output row of each point, in sorted order
     of_kept = inside & (row < max_voxels)

@@ -156,11 +156,12 @@ def convolve(features: Tensor, weight: Tensor, kernel_map: KernelMap, inverse: b
     if not num_out:
         return out
     block_in, block_out = (max(16, 1 << (n - 1).bit_length()) for n in (channels_in, min(channels_out, 128)))
-    block = 64
+    block = 128 if block_in <= 64 else 64  # measured on an H200
     with torch.cuda.device_of(features):
         gather_multiply[(-(-num_out // block), -(-channels_out // block_out))](
             features.contiguous(), weight.contiguous(), found.table, out, found.num_in, num_out, taps,
             IN=channels_in, OUT=channels_out, BLOCK=block, BLOCK_IN=block_in, BLOCK_OUT=block_out,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
     return out
 

@@ -52,7 +52,7 @@ def absent_cameras(sample: Sample, roles: Sequence[str]) -> dict[str, Literal["m
     for role in roles:
         if role not in sample.cameras:
             absent[role] = "missing"
-        elif sample.cameras[role].rgb[::8, ::8].max() <= BLACK_LEVEL:
+        elif sample.cameras[role].rgb[::8].max() <= BLACK_LEVEL:
             absent[role] = "black"
     return absent
 
@@ -90,8 +90,12 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def forward(self, samples: Sequence[Sample]) -> Inputs:
+    def forward(self, samples: Sequence[Sample], images: Tensor | None = None) -> Inputs:
         """A batch of samples.
+
+        Args:
+            samples: B of them.
+            images: what `all_images` gave for them, if it was asked before.
 
         Raises:
             DataError: a sample without the LiDAR, or a cloud without `intensity`.
@@ -102,8 +106,10 @@ class Encoder(nn.Module):
         calibration = self.calibration(samples) if with_cameras else None
         depth = None
         if calibration is not None and with_lidar:
-            depth = torch.stack([self.sparse_depth(p, _of_sample(calibration, b)) for b, p in enumerate(points)])
-        images = torch.stack([self.images(sample) for sample in samples]) if with_cameras else None
+            key_sweeps = [p[: self._key_sweep(sample)] for p, sample in zip(points, samples, strict=True)]
+            depth = torch.stack([self.sparse_depth(p, _of_sample(calibration, b)) for b, p in enumerate(key_sweeps)])
+        if images is None and with_cameras:
+            images = self.all_images(samples)
         return Inputs(voxels, coordinates, height_min, height_max, images, depth, calibration, len(samples))
 
     # LiDAR
@@ -119,12 +125,18 @@ class Encoder(nn.Module):
                 f"sparsefusion: LiDAR {role!r} has fields ({names}); the network needs intensity",
                 f"the vehicle's sensors.lidars.{role}.fields maps names, e.g.  fields: {{intensity: reflectivity}}",
             )
-        host = self._host((len(cloud), 5))
-        rows = host.numpy()
-        rows[:, :3] = self._in_network_frame(cloud, sample)
-        rows[:, 3] = cloud.fields["intensity"]
-        rows[:, 4] = cloud.fields.get("time_lag", 0.0)  # a cloud that is not accumulated is the key sweep
-        return self._upload(host)
+        # Two blocks that are copied as they lie; the columns are put side by side on the device.
+        xyz, fields = self._host((len(cloud), 3)), self._host((2, len(cloud)))
+        xyz.numpy()[:] = self._in_network_frame(cloud, sample)
+        fields.numpy()[0] = cloud.fields["intensity"]
+        fields.numpy()[1] = cloud.fields.get("time_lag", 0.0)  # a cloud that is not accumulated is the key sweep
+        return torch.cat([self._upload(xyz), self._upload(fields).T], 1)
+
+    def _key_sweep(self, sample: Sample) -> int:
+        """Points of the cloud that are the key sweep's: it comes first."""
+        cloud = _cloud(sample, self.config)
+        lag = cloud.fields.get("time_lag")
+        return len(cloud) if lag is None or not lag.any() else int((lag != 0).argmax())
 
     def _in_network_frame(self, cloud: PointCloud, sample: Sample) -> Array:
         if self.config.mounting is None:
@@ -149,11 +161,9 @@ class Encoder(nn.Module):
         """(K, 2, H/4, W/4) depth of the nearest point of the key sweep, normalised, and where there is one.
 
         Args:
-            points: (N, 5), the key sweep's have time lag 0.
+            points: (N, 5); those with a time lag other than 0 do not count.
             calibration: of one sample, without the batch axis.
         """
-        if points.device.type == "cpu":  # elsewhere they are masked below: to count them the host would wait
-            points = points[points[:, 4] == 0]
         width, height = (n // 4 for n in self.config.image.canvas_px)
         xyz, views = points[:, None, :3], len(calibration.rotation)
         camera = (calibration.rotation[:, None] * xyz[None]).sum(-1) + calibration.translation[:, None]  # (K, N, 3)
@@ -204,6 +214,10 @@ class Encoder(nn.Module):
         visible = valid if self.training else canvas
         return np.concatenate([*pose, intrinsic.ravel(), valid, visible, [float(present)]])
 
+    def all_images(self, samples: Sequence[Sample]) -> Tensor:
+        """(B, K, 3, H, W), see `images`."""
+        return torch.stack([self.images(sample) for sample in samples])
+
     def images(self, sample: Sample) -> Tensor:
         """(K, 3, H, W): each image resized to fit the canvas, normalised; zero beyond it, and where a camera is absent.
 
@@ -217,11 +231,14 @@ class Encoder(nn.Module):
             if role not in absent:
                 by_shape.setdefault(sample.cameras[role].rgb.shape, {})[k] = sample.cameras[role]
         for shape, views in by_shape.items():
-            host = self._host((len(views), *shape), torch.uint8)
-            for row, image in zip(host, views.values(), strict=True):
-                row.copy_(torch.from_numpy(np.require(image.rgb, requirements=["C", "W"])))
+            there = torch.empty((len(views), *shape), dtype=torch.uint8, device=self.mean.device)
+            for row, image in zip(there, views.values(), strict=True):
+                # One by one: the device fetches an image while the host copies the next.
+                host = self._host(shape, torch.uint8)
+                host.copy_(torch.from_numpy(np.require(image.rgb, requirements=["C", "W"])))
+                row.copy_(host, non_blocking=True)
             (w, h), _ = fit_canvas(next(iter(views.values())), self.config.image)
-            resized = resize_uint8(self._upload(host), w, h)
+            resized = resize_uint8(there, w, h)
             normal = (resized.to(self.mean.dtype) - self.mean) / self.std  # (k, h, w, 3)
             for view, values in zip(views, normal.permute(0, 3, 1, 2), strict=True):
                 canvas[view, :, :h, :w] = values

@@ -52,22 +52,25 @@ class FastForward:
         self._beside = torch.cuda.Stream()
 
     @torch.inference_mode()
-    def __call__(self, inputs: Inputs) -> Outputs:
-        main = torch.cuda.current_stream()
+    def start(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Run the image branch beside what comes next on the current stream; `__call__` waits for its levels."""
+        self._beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._beside):
+            return self.levels(images)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Inputs, levels: tuple[Tensor, ...] | None = None) -> Outputs:
+        """All predictions; `levels` are what `start` gave for the inputs' images, if it was asked before."""
+        if levels is None and inputs.images is not None:
+            levels = self.start(inputs.images)
         cells = self.visible_cells(inputs)
-        levels = None
-        if self._image is not None:
-            self._beside.wait_stream(main)
-            with torch.cuda.stream(self._beside):
-                levels = self.levels(inputs)
         bev = None if self._lidar is None else self.bev(inputs)
-        main.wait_stream(self._beside)
+        torch.cuda.current_stream().wait_stream(self._beside)
         return self.rest(inputs, bev, levels, cells)
 
-    def levels(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The image branch."""
-        assert inputs.images is not None
-        return self._image_graphs(inputs.images)
+    def levels(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The image branch, of images (B, K, 3, H, W)."""
+        return self._image_graphs(images)
 
     def bev(self, inputs: Inputs) -> Tensor:
         """The sparse encoder."""

@@ -189,7 +189,9 @@ class Head(nn.Module):
         else:
             levels = [self.image_projection(level) for level in levels]
         embedded = zip(levels, self.level_embedding, strict=True)
-        return pyramid([level + embedding[:, None, None] for level, embedding in embedded], calibration)
+        # In the levels' type: a sum with float32 would make all that follows twice as large under autocast.
+        levels = [level + embedding.to(level.dtype)[:, None, None] for level, embedding in embedded]
+        return pyramid(levels, calibration)
 
     def detect_in_images(self, images: Pyramid, calibration: Calibration) -> ImageDetections:
         """Camera candidates through their decoder and into LiDAR space."""

@@ -40,7 +40,8 @@ def pyramid(levels: list[Tensor], calibration: Calibration) -> Pyramid:
     """The pyramid of `levels`, (B K, C, H, W) each."""
     batch, views = calibration.present.shape
     shapes = tuple((level.shape[-2], level.shape[-1]) for level in levels)
-    tokens = torch.cat([level.flatten(2) for level in levels], -1).transpose(1, 2).unflatten(0, (batch, views))
+    # Channels of a token together in memory: as channels-last levels have them, and as linear layers want them.
+    tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1).unflatten(0, (batch, views))
     positions = []
     for height, width in shapes:
         column, row = cells(height, width, calibration.valid_px.device)
