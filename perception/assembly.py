@@ -42,6 +42,13 @@ class Reading:
         return self.data.stamp_ns
 
 
+class Placed(NamedTuple):
+    """A reading and where it belongs: `ego_from_sensor`, ego motion up to the sample's stamp folded in."""
+
+    reading: Reading
+    ego_from_sensor: Pose
+
+
 class Assembled(NamedTuple):
     """A Sample, and how many points of each channel were dropped because a number was not finite."""
 
@@ -92,49 +99,46 @@ def assemble(
         DataError: as `decode_reading`.
         FrameError: a frame, or a stamp, that the tree does not know.
     """
-    readings: dict[str, list[Reading]] = {}
+    placed: dict[str, list[Placed]] = {}
     dropped: dict[str, int] = {}
     for channel, sensor in config.sensors.channels.items():
         for message in messages.get(channel, ())[: config.depth(sensor)]:
             reading = decode_reading(message, sensor, cameras.get(channel))
-            readings.setdefault(channel, []).append(reading)
+            pose = ego_from_sensor(config, frames, sample_stamp_ns, reading.frame, reading.stamp_ns)
+            placed.setdefault(channel, []).append(Placed(reading, pose))
             if isinstance(sensor, CloudSensor):
                 dropped[channel] = dropped.get(channel, 0) + reading.dropped_nonfinite
-    return Assembled(place(config, sample_stamp_ns, readings, frames), dropped)
+    return Assembled(merge(config, sample_stamp_ns, placed, frames), dropped)
 
 
-def place(
-    config: VehicleConfig, sample_stamp_ns: int, readings: Mapping[str, Sequence[Reading]], frames: FrameTree
+def merge(
+    config: VehicleConfig, sample_stamp_ns: int, placed: Mapping[str, Sequence[Placed]], frames: FrameTree
 ) -> Sample:
-    """The Sample of readings, newest first by channel, where the transforms put them.
+    """The Sample of placed readings, newest first by channel.
 
     Raises:
-        DataError: points timed far from their stamp.
-        FrameError: a frame, or a stamp, that the tree does not know.
+        FrameError: the vehicle's own pose in odom, or a point's time that is to be undone, is not known.
     """
-
-    def placed(reading: Reading) -> Pose:
-        return ego_from_sensor(config, frames, sample_stamp_ns, reading.frame, reading.stamp_ns)
 
     def clouds(kind: str, sensors: Mapping[str, CloudSensor]) -> dict[str, PointCloud]:
         found = {}
         for role, sensor in sensors.items():
             sweeps = []
-            for reading in readings.get(f"{kind}_{role}", ()):
+            for reading, pose in placed.get(f"{kind}_{role}", ()):
                 cloud = reading.data
                 assert isinstance(cloud, PointCloud)
                 if sensor.deskew and "time_offset" in cloud.fields:
                     cloud = deskew(cloud, partial(frames.poses, config.odom_frame, reading.frame))
-                sweeps.append(replace(cloud, ego_from_sensor=placed(reading)))
+                sweeps.append(replace(cloud, ego_from_sensor=pose))
             if sweeps:
                 found[role] = accumulate(sweeps)
         return found
 
     images = {}
     for role in config.sensors.cameras:
-        for reading in readings.get(f"cam_{role}", ())[:1]:
+        for reading, pose in placed.get(f"cam_{role}", ())[:1]:
             assert isinstance(reading.data, CameraImage)
-            images[role] = replace(reading.data, ego_from_camera=placed(reading))
+            images[role] = replace(reading.data, ego_from_camera=pose)
     odom, base = config.odom_frame, config.base_frame
     return Sample(
         sample_stamp_ns,

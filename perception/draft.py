@@ -12,14 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from perception.assembly import Reading, covered_readings, decode_reading, place
+from perception.assembly import Placed, Reading, decode_reading, ego_from_sensor, merge
 from perception.datasets.rosbag_file import COMPRESSED_IMAGE, IMAGE, POINT_CLOUD
 from perception.errors import PerceptionError
-from perception.frames import FrameError, FrameTree
+from perception.frames import FrameError
 from perception.sync import SyncedSet
 from perception.types import PointCloud, Sample
 from perception.vehicle import CameraSensor, CloudSensor, VehicleConfig
@@ -106,10 +104,10 @@ class Draft:
         decode_s = time.monotonic()
         readings = self._decode(vehicle, messages, pool)
         wait_s = time.monotonic()
-        readings, uncovered = self._covered(vehicle, readings, deadline_s)
+        placed, uncovered = self._place(vehicle, readings, deadline_s)
         place_s = time.monotonic()
-        sample = place(vehicle, self.synced.stamp_ns, readings, intake.frames)
-        used = {channel: tuple(r.stamp_ns for r in found) for channel, found in readings.items()}
+        sample = merge(vehicle, self.synced.stamp_ns, placed, intake.frames)
+        used = {channel: tuple(one.reading.stamp_ns for one in found) for channel, found in placed.items()}
         stages = {
             "decode": wait_s - decode_s,
             "transforms": place_s - wait_s + decode_s - start_s,
@@ -143,33 +141,45 @@ class Draft:
             for channel, received in sorted(messages.items(), key=lambda item: item[0] in images)
         }
 
-    def _covered(
+    def _place(
         self, vehicle: VehicleConfig, readings: dict[str, list[Reading]], deadline_s: float
-    ) -> tuple[dict[str, list[Reading]], dict[str, str]]:
+    ) -> tuple[dict[str, list[Placed]], dict[str, str]]:
         """The readings that the transforms place once these have come, or the time is up; and why others are not.
 
         Raises:
             FrameError: the anchor's is not among them.
         """
-        frames, stamp = self._intake.frames, self.synced.stamp_ns
-        good: dict[str, list[Reading]] = {}
+        frames, stamp, anchor = self._intake.frames, self.synced.stamp_ns, vehicle.sync.anchor
+        placed: dict[str, list[Placed]] = {}
         missing: dict[str, FrameError] = {}
 
         def known() -> bool:
-            good.clear()
+            placed.clear()
             missing.clear()
+            try:  # A bag may be without odometry; on the road it is late, or the vehicle's motion is not known.
+                frames.lookup(vehicle.odom_frame, vehicle.base_frame, stamp)
+            except FrameError as error:
+                missing[anchor] = error
+                return error.reason == "before_buffer"
             for channel, found in readings.items():
-                mask, error = _placeable(vehicle, frames, stamp, vehicle.sensors.channels[channel], found)
-                if error is not None:
-                    missing[channel] = error
-                if mask[0]:  # without its key reading a channel is missing
-                    good[channel] = [r for r, fits in zip(found, mask, strict=True) if fits]
+                deskewed = getattr(vehicle.sensors.channels[channel], "deskew", False)
+                for i, reading in enumerate(found):
+                    try:
+                        pose = ego_from_sensor(vehicle, frames, stamp, reading.frame, reading.stamp_ns)
+                        for end_ns in _ends(reading) if deskewed else ():
+                            frames.lookup(vehicle.odom_frame, reading.frame, end_ns)
+                    except FrameError as error:
+                        missing.setdefault(channel, error)
+                        if i == 0:  # without its key reading a channel is missing
+                            break
+                        continue
+                    placed.setdefault(channel, []).append(Placed(reading, pose))
             return all(error.reason == "before_buffer" for error in missing.values())
 
         self._intake.wait_until(known, deadline_s)
-        if vehicle.sync.anchor not in good:
-            raise missing[vehicle.sync.anchor]
-        return good, {c: f"no transform ({missing[c].reason})" for c in readings if c not in good}
+        if anchor not in placed:
+            raise missing[anchor]
+        return placed, {c: f"no transform ({missing[c].reason})" for c in readings if c not in placed}
 
     def _reading(self, channel: str, sensor: CloudSensor | CameraSensor, received: Received) -> Reading:
         """A message decoded, the first time that it is asked for.
@@ -188,35 +198,13 @@ class Draft:
         return received.reading
 
 
-def _placeable(
-    vehicle: VehicleConfig,
-    frames: FrameTree,
-    sample_stamp_ns: int,
-    sensor: CloudSensor | CameraSensor,
-    readings: Sequence[Reading],
-) -> tuple[list[bool], FrameError | None]:
-    """Which readings of one sensor the transforms place, and the first reason why one is not."""
-    errors: list[FrameError] = []
-    sample = np.array([sample_stamp_ns], np.int64)
-
-    def covered(stamps: list[int]) -> Any:
-        used = np.ones((1, len(stamps)), bool)
-        frame = readings[0].frame
-        return covered_readings(vehicle, frames, frame, sample, np.array([stamps], np.int64), used, errors)[0]
-
-    try:  # A bag may be without odometry; on the road it has just not come yet, or the vehicle's motion is unknown.
-        frames.lookup(vehicle.odom_frame, vehicle.base_frame, sample_stamp_ns)
-    except FrameError as error:
-        return [False] * len(readings), error
-    mask = covered([r.stamp_ns for r in readings])
-    if isinstance(sensor, CloudSensor) and sensor.deskew:
-        for i, reading in enumerate(readings):
-            assert isinstance(reading.data, PointCloud)
-            offset = reading.data.fields.get("time_offset")
-            if offset is not None and len(offset):
-                ends = [reading.stamp_ns + round(float(end) * 1e9) for end in (offset.min(), offset.max())]
-                mask[i] &= covered(ends).all()
-    return mask.tolist(), errors[0] if errors else None
+def _ends(reading: Reading) -> tuple[int, ...]:
+    """The stamps of a cloud's first and last point, where points have times."""
+    assert isinstance(reading.data, PointCloud)
+    offset = reading.data.fields.get("time_offset")
+    if offset is None or not len(offset):
+        return ()
+    return tuple(reading.stamp_ns + round(float(end) * 1e9) for end in (offset.min(), offset.max()))
 
 
 def _lacks(reading: Reading, sensor: CloudSensor | CameraSensor) -> bool:

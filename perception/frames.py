@@ -105,8 +105,12 @@ class FrameTree:
         Raises:
             FrameError: a frame is unknown, the two are not connected, or the stamp is outside what a buffer covers.
         """
-        rotation, translation = self.poses(dst, src, np.array([stamp_ns], np.int64))
-        return Pose(rotation[0], translation[0])
+        with self._lock:
+            to_dst, to_src, ancestor = self._paths(dst, src)
+            dst_rotation, dst_translation = self._ascend_at(to_dst, ancestor, stamp_ns)
+            src_rotation, src_translation = self._ascend_at(to_src, ancestor, stamp_ns)
+        back = dst_rotation.T
+        return Pose(back @ src_rotation, back @ (src_translation - dst_translation))
 
     def lookup_across(self, dst: str, dst_stamp_ns: int, src: str, src_stamp_ns: int, fixed: str) -> Pose:
         """`dst` at one stamp from `src` at another, through a frame that does not move meanwhile (`odom`)."""
@@ -119,16 +123,7 @@ class FrameTree:
             FrameError: as `lookup`.
         """
         with self._lock:
-            to_dst, to_src = self._path(dst), self._path(src)
-            common = set(to_dst) & set(to_src)
-            if not common:
-                raise FrameError(
-                    f"no transform connects {dst!r} and {src!r}: {' -> '.join(to_dst)} and {' -> '.join(to_src)} "
-                    "are separate trees",
-                    f"publish the transform that joins {to_dst[-1]!r} and {to_src[-1]!r}",
-                    "not_connected",
-                )
-            ancestor = next(frame for frame in to_dst if frame in common)
+            to_dst, to_src, ancestor = self._paths(dst, src)
             dst_rotation, dst_translation = self._ascend(to_dst, ancestor, stamps_ns)
             src_rotation, src_translation = self._ascend(to_src, ancestor, stamps_ns)
         dst_from_ancestor = dst_rotation.transpose(0, 2, 1)
@@ -163,6 +158,19 @@ class FrameTree:
             )
         return edge
 
+    def _paths(self, dst: str, src: str) -> tuple[list[str], list[str], str]:
+        """Both frames' paths to their roots, and their lowest common ancestor."""
+        to_dst, to_src = self._path(dst), self._path(src)
+        for frame in to_dst:
+            if frame in to_src:
+                return to_dst, to_src, frame
+        raise FrameError(
+            f"no transform connects {dst!r} and {src!r}: {' -> '.join(to_dst)} and {' -> '.join(to_src)} "
+            "are separate trees",
+            f"publish the transform that joins {to_dst[-1]!r} and {to_src[-1]!r}",
+            "not_connected",
+        )
+
     def _path(self, frame: str) -> list[str]:
         """`frame` and its ancestors up to the root."""
         if frame not in self._edges and frame not in (known := self.frames):
@@ -176,6 +184,20 @@ class FrameTree:
         while path[-1] in self._edges:
             path.append(self._edges[path[-1]].parent)
         return path
+
+    def _ascend_at(self, path: list[str], ancestor: str, stamp_ns: int) -> tuple[Array, Array]:
+        """`_ascend` at one stamp: rotation (3, 3), translation (3,). A sample asks for dozens."""
+        rotation, translation = np.eye(3), np.zeros(3)
+        for child in path[: path.index(ancestor)]:
+            edge = self._edges[child]
+            pose = edge.static if edge.static is not None else edge.poses.get(stamp_ns)
+            if pose is not None:
+                up, shift = pose.rotation, pose.translation
+            else:
+                ups, shifts = _interpolate(edge, child, np.array([stamp_ns], np.int64))
+                up, shift = ups[0], shifts[0]
+            rotation, translation = up @ rotation, up @ translation + shift
+        return rotation, translation
 
     def _ascend(self, path: list[str], ancestor: str, stamps_ns: Array) -> tuple[Array, Array]:
         """`ancestor_from_<path[0]>` at stamps (T,): rotations (T, 3, 3), translations (T, 3)."""
