@@ -337,6 +337,14 @@ def play(context: typer.Context) -> None:
     _run_ros("play", context.args)
 
 
+@bench_app.command(
+    "ros", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def bench_ros(context: typer.Context) -> None:
+    """The ROS 2 node: messages delivered, milliseconds added to a frame, CPU; --help lists the options."""
+    _run_ros("bench", context.args)
+
+
 def _run_ros(module: str, words: Sequence[str]) -> None:
     """Go on as a module of perception_ros: the same process, so that signals and the exit code are its own."""
     if find_spec("perception_ros") is None:

@@ -433,3 +433,18 @@ def test_a_process_that_cannot_start_says_why_and_ends_with_2(ros, tmp_path):
     process = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=60)
     assert process.returncode == 2
     assert f"{tmp_path / 'no.yaml'}: no such configuration file" in process.stderr
+
+
+@pytest.mark.slow
+def test_twenty_seconds_of_a_large_rig_lose_no_sweep(interfaces):
+    """680 KB at 20 Hz and six JPEGs at 12 Hz: every sweep reaches the subscriber, and each has one fate."""
+    from perception_ros.bench import CAMERAS, bench
+
+    found = bench(seconds=20.0, sweeps=10)
+    assert found.sent["/lidar_top"] == 400
+    for topic, sent in found.sent.items():
+        if topic != "/tf_static":  # counted by its transforms
+            assert found.received[topic] == sent, topic
+    assert sum(found.fates.values()) == 400
+    assert set(found.fates) <= {"published", "superseded"} and found.fates["published"] > 40
+    assert len(CAMERAS) == 6

@@ -6,8 +6,6 @@ from rich.table import Table
 
 from perception_ros.bench import RosBench
 
-OWN_STAGES = ("transforms", "assemble", "convert", "publish")
-
 
 def ros_tables(result: RosBench) -> list[Table]:
     """Delivery by topic, milliseconds by stage."""

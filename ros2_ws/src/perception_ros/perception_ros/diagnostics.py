@@ -95,7 +95,8 @@ class Diagnostics:
             )
         wanted = self._inputs.types[topic]
         others = [name for name, types in self._node.get_topic_names_and_types() if wanted in types and name != topic]
-        others = [name for name in others if self._node.count_publishers(name)]
+        own = f"{self._node.get_namespace().rstrip('/')}/perception/"
+        others = [name for name in others if self._node.count_publishers(name) and not name.startswith(own)]
         near = f"{wanted} is on: {', '.join(sorted(others)[:6])}" if others else f"nobody publishes {wanted}"
         return f"no message for {silent_s:.1f} s and no publisher; {near}; set the topic in the configuration"
 
