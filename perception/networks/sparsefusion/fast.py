@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perception.networks.layers.cuda_graphs import CudaGraphs
 from perception.networks.layers.folding import fold_norms
@@ -23,6 +24,8 @@ from perception.networks.sparsefusion.head import Head
 from perception.networks.sparsefusion.image import ImageBranch
 from perception.networks.sparsefusion.lidar import LidarBranch
 from perception.networks.sparsefusion.tensors import Calibration, Inputs, Outputs
+
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _CELLS_STEP = 1024
 """Numbers of visible cells are rounded up to it: each is a graph of its own."""
@@ -105,7 +108,8 @@ class FastForward:
         left = list(tensors)
         bev = low = high = depth = calibration = None
         half = self._dtype != torch.float32
-        with torch.autocast("cuda", self._dtype if half else None, enabled=half, cache_enabled=False):
+        precision = torch.autocast("cuda", self._dtype if half else None, enabled=half, cache_enabled=False)
+        with precision, sdpa_kernel(_ATTENTION):
             if self._lidar is not None:
                 bev = left.pop(0).to(memory_format=torch.channels_last)
                 bev = self._lidar.neck(self._lidar.backbone(bev))

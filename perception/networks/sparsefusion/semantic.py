@@ -70,8 +70,9 @@ def look(
     x = (column.to(middle.dtype) + 0.5) * config.cell_m + config.range_m[0]
     y = (row.to(middle.dtype) + 0.5) * config.cell_m + config.range_m[1]
     points = torch.stack((x.expand_as(middle), y.expand_as(middle), middle), 1)  # (B, 3, N)
-    in_camera = calibration.rotation @ points[:, None] + calibration.translation[..., None]
-    pixels = calibration.intrinsic @ in_camera  # (B, K, 3, N)
+    with torch.autocast(points.device.type, enabled=False):  # half products would move cells by pixels
+        in_camera = calibration.rotation @ points[:, None] + calibration.translation[..., None]
+        pixels = calibration.intrinsic @ in_camera  # (B, K, 3, N)
     depth = pixels[:, :, 2].clamp(min=_NEAREST_M)
     u, v = pixels[:, :, 0] / depth, pixels[:, :, 1] / depth
     width, height = calibration.visible_px[..., None].unbind(2)

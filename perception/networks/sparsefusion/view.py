@@ -102,7 +102,8 @@ class ViewTransformation(nn.Module):
         self, x: Tensor, image: ImagePrediction, logit_center: Tensor, calibration: Calibration
     ) -> tuple[Tensor, BoxPrediction]:
         """Features (B, Q, C) and boxes of camera candidates x (B, Q, C), whose logits of the center are (B, Q, 2)."""
-        box = monocular_box(image, calibration, self.config)
+        with torch.autocast(x.device.type, enabled=False):  # half products would move boxes by decimetres
+            box = monocular_box(image, calibration, self.config)
         x = self.projection(self.gate(x, camera_vector(calibration, image.view)))
         mask = of_view(calibration.present, image.view)[:, None]
         x = self.layer(x, box_vector(box, logit_center.detach(), self.config), mask)
