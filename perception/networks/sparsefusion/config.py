@@ -115,6 +115,9 @@ class SparseFusionConfig(Config):
     class_prior: float | None = Field(None, gt=0, lt=1)
     """Training from scratch: probability of every class that heatmaps and class logits start with. None: no such start,
     as the released models."""
+    raw_queries: bool = True
+    """Training reads boxes off the undecoded LiDAR queries too and drops them, as in the released models' training. It
+    moves the norms' statistics away from those of the decoded queries, which predictions need: from scratch, do not."""
     heatmap_weight: float = Field(0.1, gt=0)
     """Of both heatmaps' losses beside those of the boxes."""
     nms_radius_squared_m2: dict[str, float] = Field(

@@ -19,6 +19,7 @@ class PointDecoder(nn.Module):
         super().__init__()
         self.layer = DecoderLayer(config, position_channels=2)
         self.heads = BoxHeads(config)
+        self.raw_queries = config.raw_queries
 
     def forward(
         self, x: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor
@@ -27,8 +28,7 @@ class PointDecoder(nn.Module):
 
         The memory is (B, Y X, C) at memory_position (B, Y X, 2).
         """
-        if self.training:
-            # The released models read boxes off the raw queries too, and drop them: it moves the norms' statistics.
+        if self.training and self.raw_queries:
             with torch.no_grad():
                 self.heads(x, position)
         x = self.layer(x, position, memory, memory_position)
