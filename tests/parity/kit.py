@@ -1,8 +1,9 @@
 """The SparseFusion parity kit: weights and inputs by its rule, and comparison with its stored arrays.
 
 A kit is a folder of arrays that the official model gave for deterministic weights and inputs; its README.md and
-weights.md say how. All that may differ between kits (salt, exceptions, aliases, input prefix, sizes, strides) is read
-from the kit's files. A float array counts as equal at one of two levels:
+weights.md say how. All that may differ between kits is read from the kit's files: salt, exceptions, aliases, input
+prefix and sizes from weights.json, strides from manifest.json, shapes, amplitudes and gains of inputs from weights.md.
+A float array counts as equal at one of two levels:
 
 * `float64`: the implementation ran in float64; |difference| <= 1e-6 * max(1, |value|).
 * `float32`: it ran in float32; |difference| <= max(5 * the official model's own float32 noise, 3e-6 * largest value).
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -30,8 +32,8 @@ class Kit:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.rule: dict[str, Any] = json.loads(self._file("weights.json").read_text())
-        self.manifest: dict[str, Any] = json.loads(self._file("manifest.json").read_text())
+        self.rule: dict[str, Any] = self.json("weights.json")
+        self.manifest: dict[str, Any] = self.json("manifest.json")
         self._state_dict = lru_cache(2)(self._make_state_dict)
         self._arrays = lru_cache(4)(lambda file: np.load(self._file(f"{file}.npz"), allow_pickle=False))
 
@@ -40,6 +42,18 @@ class Kit:
         if not path.is_file():
             pytest.skip(f"the parity kit {self.root} has no {name}")
         return path
+
+    def json(self, name: str) -> dict[str, Any]:
+        """What a file of JSON holds."""
+        found: dict[str, Any] = json.loads(self._file(name).read_text())
+        return found
+
+    def said(self, pattern: str, name: str = "weights.md") -> re.Match[str]:
+        """Where a text of the kit says what a pattern looks for; a test that asks for what is not said is skipped."""
+        found = re.search(pattern, self._file(name).read_text())
+        if found is None:
+            pytest.skip(f"{name} of the parity kit {self.root} says nothing like {pattern}")
+        return found
 
     def size(self, case: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """Content and canvas of the images of `full` or `small`, both (width, height) in pixels."""
@@ -53,7 +67,7 @@ class Kit:
         return dict(self._state_dict(variant))
 
     def _make_state_dict(self, variant: str) -> dict[str, Tensor]:
-        shapes = json.loads(self._file(f"state_dict_{variant}.json").read_text())
+        shapes = self.json(f"state_dict_{variant}.json")
         source = dict(self.rule["alias_key_takes_value_of"])
         adjust = {k: (np.float32(e["mul"]), np.float32(e["add"])) for e in self.rule["exceptions"] for k in e["keys"]}
         state = {}
@@ -87,10 +101,24 @@ class Kit:
             raise AssertionError(f"no rule for weight {key} {shape}")
         return value.astype(np.float32)
 
-    def input(self, name: str, shape: tuple[int, ...], amplitude: float) -> Tensor:
-        """Float32 input X(name, shape, amplitude) of the rule; `name` without the kit's prefix, "case:bev" say."""
-        u = _uniform(self.rule["input_prefix"] + name, shape)
-        return torch.from_numpy((amplitude * (2 * u - 1)).astype(np.float32))
+    def input(self, name: str, shape: tuple[int, ...] | None = None, case: str = "case", level: int = 0) -> Tensor:
+        """Float32 input X(name, shape, amplitude) of the rule.
+
+        Args:
+            name: as weights.md writes it, "case:fpn{l}" say; the kit's prefix comes before.
+            shape: where weights.md tells it by letters.
+            case, level: what stands for `case` and `{l}` in the name.
+        """
+        rule = self.said(rf'X\("{re.escape(name)}", *\(([^()]*)\), *([\d.]+)\)')
+        shape = shape or tuple(int(n) for n in rule[1].split(","))
+        own = name.replace("case:", f"{case}:").replace("{l}", str(level))
+        u = _uniform(self.rule["input_prefix"] + own, shape)
+        return torch.from_numpy((float(rule[2]) * (2 * u - 1)).astype(np.float32))
+
+    def uniform(self, name: str) -> np.ndarray:
+        """Float64 input U(prefix + name, shape) of the rule, in [0, 1)."""
+        rule = self.said(rf'U\("[^"]*{re.escape(name)}", *\(([\d, ]+)\)\)')
+        return _uniform(self.rule["input_prefix"] + name, tuple(int(n) for n in rule[1].split(",")))
 
     # stored arrays
 

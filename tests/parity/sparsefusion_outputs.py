@@ -19,7 +19,6 @@ from perception.networks.sparsefusion.targets import (
 )
 from perception.networks.sparsefusion.tensors import (
     BoxPrediction,
-    Calibration,
     Candidates,
     ImagePrediction,
     Outputs,
@@ -131,21 +130,6 @@ def kit_targets(kit: Kit, config: SparseFusionConfig) -> Targets:
         pad([torch.ones(len(cv), dtype=torch.bool) for cv in class_view]),
     )
     return Targets(boxes, image, lidar_heatmap(boxes, config), image_heatmap(image, config))
-
-
-def kit_calibration(kit: Kit, case: str, dtype: torch.dtype = torch.float64) -> Calibration:
-    """The calibration of `full` (one sample) or `small` (both, with the valid part of each image)."""
-    samples = range(2 if case == "small" else 1)
-
-    def get(name: str) -> Tensor:
-        return torch.stack([kit.tensor("inputs", f"s{s}_{case}_{name}", dtype) for s in samples])
-
-    rotation = get("lidar2cam_r")
-    content, canvas = (torch.tensor(wh, dtype=dtype).expand(*rotation.shape[:2], 2) for wh in kit.size(case))
-    valid = get("valid_shape") if case == "small" else content
-    visible = valid if case == "small" else canvas
-    present = torch.ones(rotation.shape[:2], dtype=torch.bool)
-    return Calibration(rotation, get("lidar2cam_t"), get("cam_intrinsic"), valid, visible, present)
 
 
 def kit_matches(kit: Kit, file: str) -> Matches:

@@ -12,9 +12,8 @@ from parity.kit import Kit
 
 def test_weights_have_the_listed_first_values(kit: Kit):
     """weights.md of a kit prints the first values of a few tensors."""
-    text = (kit.root / "weights.md").read_text()
     state = kit.state_dict("r50")
-    listed = re.findall(r"`([\w.]+)`\[:3\] = ([-\d., e]+)", text)
+    listed = re.findall(r"`([\w.]+)`\[:3\] = ([-\d., e]+)", kit.said(r"Check values.*")[0])
     assert listed
     for key, values in listed:
         want = np.array([float(v) for v in values.rstrip(" ,.").split(",")])
@@ -31,10 +30,12 @@ def test_state_dict_is_complete(kit: Kit, variant: str):
 
 def test_comparison_sees_a_difference_of_either_level(kit: Kit):
     scores = kit.tensor("head_small_b2", "dec0_score400", torch.float64)
+    entry = kit.entry("head_small_b2", "dec0_score400")
+    allowed = max(5 * entry["f32_noise_max"], 3e-6 * entry["absmax"])
     kit.assert_close("head_small_b2", "dec0_score400", scores)
-    kit.assert_close("head_small_b2", "dec0_score400", scores + 1e-6, "float32")
+    kit.assert_close("head_small_b2", "dec0_score400", scores + 0.9 * allowed, "float32")
     with pytest.raises(AssertionError, match="400 of 400 values differ"):
-        kit.assert_close("head_small_b2", "dec0_score400", scores + 1e-4, "float32")
+        kit.assert_close("head_small_b2", "dec0_score400", scores + 1.1 * allowed, "float32")
     with pytest.raises(AssertionError, match="values differ"):
         kit.assert_close("head_small_b2", "dec0_score400", scores + 2e-6)
     labels = kit.tensor("head_small_b2", "dec0_label400")

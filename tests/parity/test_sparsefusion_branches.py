@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from parity.kit import Kit, Level
+from parity.sparsefusion_inputs import DTYPE, points, samples
 from torch import Tensor, nn
 
 from perception.networks.layers.sparse_tensor import Sites, SparseTensor
@@ -18,7 +19,6 @@ from perception.networks.sparsefusion.official import from_original
 from perception.types import Pose, VoxelGrid
 from perception.voxelize import HardVoxels, hard_voxels
 
-DTYPE = {"float64": torch.float64, "float32": torch.float32}
 BACKBONE = {"r50": "resnet50", "swint": "swin_tiny"}
 LIDAR = LidarConfig()
 GRID = VoxelGrid(LIDAR.range_m[:3], LIDAR.voxel_size_m, LIDAR.grid, Pose.identity())
@@ -31,14 +31,6 @@ def load(module: nn.Module, kit: Kit, variant: str, branch: str, level: Level) -
     own = {k.removeprefix(f"{branch}."): v for k, v in state.items() if k.startswith(f"{branch}.")}
     module.load_state_dict(own, strict=True)
     return module.to(DTYPE[level]).eval()
-
-
-def points(kit: Kit, sample: int) -> Tensor:
-    """(N, 5) as the kit's README says."""
-    xyz = (kit.array("inputs", f"s{sample}_points_q").astype(np.float32) + np.float32(0.5)) / np.float32(512)
-    intensity = kit.array("inputs", f"s{sample}_intensity").astype(np.float32)
-    lag = np.float32(0.05) * kit.array("inputs", f"s{sample}_sweep").astype(np.float32)
-    return torch.from_numpy(np.column_stack([xyz, intensity, lag]))
 
 
 def voxels(cloud: Tensor, max_points: int = LIDAR.max_points, max_voxels: int = LIDAR.max_voxels) -> HardVoxels[Tensor]:
@@ -55,14 +47,15 @@ def test_voxels_and_heights(kit: Kit, sample: int):
         np.testing.assert_array_equal(got.numpy(), kit.array("inputs", name)[sample])
 
 
-@pytest.mark.parametrize(("max_voxels", "max_points"), [(3000, 10), (20000, 3)])
-def test_the_first_voxel_too_many_ends_it_all(kit: Kit, max_voxels: int, max_points: int):
-    name = f"voxcap{max_voxels}_max{max_points}"
-    found = voxels(points(kit, 1).double(), max_points, max_voxels)
-    np.testing.assert_array_equal(found.index.flip(1).numpy(), kit.array("units", f"{name}_zyx"))
-    np.testing.assert_array_equal(found.count.numpy(), kit.array("units", f"{name}_num"))
-    np.testing.assert_allclose(found.points.sum(1), kit.array("units", f"{name}_sum"), rtol=1e-6, atol=1e-6)
-    assert found.voxels_dropped > 0 and found.points_dropped > 0
+def test_the_first_voxel_too_many_ends_it_all(kit: Kit):
+    caps = [found for name in kit.names("units") if (found := re.fullmatch(r"(voxcap(\d+)_max(\d+))_zyx", name))]
+    assert caps
+    for name, max_voxels, max_points in (cap.groups() for cap in caps):
+        found = voxels(points(kit, 1).double(), int(max_points), int(max_voxels))
+        np.testing.assert_array_equal(found.index.flip(1).numpy(), kit.array("units", f"{name}_zyx"))
+        np.testing.assert_array_equal(found.count.numpy(), kit.array("units", f"{name}_num"))
+        np.testing.assert_allclose(found.points.sum(1), kit.array("units", f"{name}_sum"), rtol=1e-6, atol=1e-6)
+        assert found.voxels_dropped > 0 and found.points_dropped > 0
 
 
 @pytest.mark.parametrize("level", DTYPE)
@@ -79,14 +72,14 @@ class LidarStages:
     def __init__(self, kit: Kit, level: Level) -> None:
         branch = load(LidarBranch(LIDAR), kit, "r50", "lidar", level)
         assert isinstance(branch, LidarBranch)
-        clouds = [voxels(points(kit, s)) for s in (0, 1)]
+        clouds = [voxels(points(kit, s)) for s in samples(kit, "small")]
         self.means = torch.cat([c.points.to(DTYPE[level]).sum(1) / c.count[:, None] for c in clouds])
         zyx = [torch.nn.functional.pad(c.index.flip(1), (1, 0), value=b) for b, c in enumerate(clouds)]
         sites = torch.cat(zyx).int()
         self.stages: dict[str, SparseTensor] = {}
         encoder = branch.encoder
         with torch.no_grad():
-            x = SparseTensor.at(Sites(sites, encoder.spatial_shape, 2, "torch"), self.means, {})
+            x = SparseTensor.at(Sites(sites, encoder.spatial_shape, len(clouds), "torch"), self.means, {})
             self.stages["enc_conv_input"] = x = encoder.input(x)
             for i, stage in enumerate(encoder.stages):
                 for j, block in enumerate(stage):
@@ -115,12 +108,8 @@ def test_lidar_branch(kit: Kit, lidar_stages: tuple[Level, LidarStages]):
 
 def images(kit: Kit, file: str, level: Level) -> Tensor:
     """The input that weights.md tells: X("img_r50",(2,3,96,160),2), then image 1: last 4 columns set to 0."""
-    text = (kit.root / "weights.md").read_text()
-    rule = re.search(rf'X\("{file}",\(([\d,]+)\),([\d.]+)\)', text)
-    zeroed = re.search(r"image 1: last (\d+) columns", text)
-    assert rule and zeroed
-    x = kit.input(file, tuple(map(int, rule[1].split(","))), float(rule[2]))
-    x[1, :, :, -int(zeroed[1]) :] = 0
+    x = kit.input(file)
+    x[1, :, :, -int(kit.said(r"image 1: last (\d+) columns")[1]) :] = 0
     return x.to(DTYPE[level])
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from parity.kit import Kit, Level
+from parity.sparsefusion_inputs import DTYPE, Case, calibration, head_inputs, level_shapes
 from parity.sparsefusion_outputs import config_of, head_outputs
 from torch import Tensor
 
@@ -19,10 +20,7 @@ from perception.networks.sparsefusion.pyramid import Pyramid, pyramid
 from perception.networks.sparsefusion.tensors import Calibration, Outputs
 from perception.networks.sparsefusion.view import camera_vector, monocular_box
 
-DTYPE = {"float64": torch.float64, "float32": torch.float32}
 FILE = {"full": "head_full", "small": "head_small_b2"}
-GAIN = (1, 1.04, 0.9, 1.06, 0.97, 1.02)  # of each view's features, by the kit's rule
-VIEWS = len(GAIN)
 BOX = {"center": "center", "height": "height", "dim": "dim", "rot": "rot", "vel": "vel", "heatmap": "logit"}
 IMAGE_BOX = {
     "center_2d": "center", "depth_2d": "depth", "dim_2d": "dim", "rot_2d": "rot", "vel_2d": "vel", "cls": "logit",
@@ -39,8 +37,6 @@ PROBED = (
     "fusion.layer.query_position", "fusion.layer.norm_attention",
 )  # fmt: skip
 
-Case = Literal["full", "small"]
-
 
 def load_head(kit: Kit, case: Case, level: Level) -> Head:
     """The head with the kit's weights: every tensor of it, and no other."""
@@ -49,21 +45,6 @@ def load_head(kit: Kit, case: Case, level: Level) -> Head:
     head = Head(config)
     head.load_state_dict({k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
     return head.to(DTYPE[level]).eval()
-
-
-def load_calibration(kit: Kit, case: Case, dtype: torch.dtype) -> Calibration:
-    content, canvas = kit.size(case)
-    samples = range(len(kit.array(FILE[case], "img_padding_count")))
-
-    def get(name: str) -> Tensor:
-        return torch.stack([kit.tensor("inputs", f"s{i}_{case}_{name}", dtype) for i in samples])
-
-    if case == "small":
-        valid = visible = get("valid_shape")
-    else:
-        valid, visible = (torch.tensor(wh, dtype=dtype).expand(len(samples), VIEWS, 2) for wh in (content, canvas))
-    present = torch.ones(len(samples), VIEWS, dtype=torch.bool)
-    return Calibration(get("lidar2cam_r"), get("lidar2cam_t"), get("cam_intrinsic"), valid, visible, present)
 
 
 class Run(NamedTuple):
@@ -76,27 +57,18 @@ class Run(NamedTuple):
 
 
 def run_head(kit: Kit, case: Case, level: Level) -> Run:
-    dtype, head, calibration = DTYPE[level], load_head(kit, case, level), load_calibration(kit, case, DTYPE[level])
+    head = load_head(kit, case, level)
+    inputs = head_inputs(kit, case, head.config, DTYPE[level])
     probes: dict[str, tuple[Any, Any]] = {}
 
     def probe(name: str) -> Any:
-        return lambda module, inputs, output: probes.__setitem__(name, (inputs, output))
+        return lambda module, given, output: probes.__setitem__(name, (given, output))
 
     for name in PROBED:
         head.get_submodule(name).register_forward_hook(probe(name))
-    batch, (width, height) = len(calibration.present), head.config.image.canvas_px
-    rows, columns = head.config.lidar.bev_shape
-    bev = kit.input(f"{case}:bev", (batch, 2 * head.config.lidar.neck_channels, rows, columns), 1).to(dtype)
-    gain = torch.tensor(GAIN, dtype=torch.float32).to(dtype).repeat(batch)[:, None, None, None]
-    levels = []
-    for index in range(4):
-        shape = (batch * VIEWS, head.config.image.neck_channels, height // 4 // 2**index, width // 4 // 2**index)
-        levels.append(kit.input(f"{case}:fpn{index}", shape, 1).to(dtype) * gain)
-    depth = torch.stack([kit.tensor("inputs", f"s{i}_{case}_sparse_depth", dtype)[:, 0] for i in range(batch)])
-    low, high = (kit.tensor("inputs", name, dtype)[:batch] for name in ("height_min", "height_max"))
     with torch.no_grad():
-        outputs = head(bev, low, high, levels, depth, calibration)
-    return Run(head, calibration, outputs, probes)
+        outputs = head(*inputs)
+    return Run(head, inputs.calibration, outputs, probes)
 
 
 class Named(NamedTuple):
@@ -287,13 +259,12 @@ ROUNDING = 3e-5  # inputs that the kit's files hold in float32, tens of metres a
 
 def test_candidates_of_the_stored_heatmaps(kit: Kit, small: Head):
     """Local maxima a class at a time but for those that keep all, and the best over classes, views and levels."""
-    file, calibration = FILE["small"], load_calibration(kit, "small", torch.float64)
-    width, height = small.config.image.canvas_px
-    shapes = [(height // 4 // 2**level, width // 4 // 2**level) for level in range(4)]
-    images = pyramid([torch.empty(2 * VIEWS, 1, *shape) for shape in shapes], calibration)
+    file, cameras = FILE["small"], calibration(kit, "small", torch.float64)
+    views = cameras.present.numel()
+    images = pyramid([torch.empty(views, 1, *shape) for shape in level_shapes(kit, "small")], cameras)
     lidar = lidar_candidates(kit.tensor(file, "lidar_heatmap_logits", torch.float64), small.config)
     logits = kit.tensor(file, "img_heatmap_logits", torch.float64)
-    image = image_candidates(logits, images, calibration.present, small.config)
+    image = image_candidates(logits, images, cameras.present, small.config)
     outputs = Outputs(None, logits, lidar, image, None, None, None, None)
     order = kit_order(kit, file, outputs)
     for name, score, of in (
@@ -304,11 +275,11 @@ def test_candidates_of_the_stored_heatmaps(kit: Kit, small: Head):
 
 
 def test_view_transformation_of_stored_queries(kit: Kit, small: Head):
-    file, calibration = FILE["small"], load_calibration(kit, "small", torch.float64)
+    file, cameras = FILE["small"], calibration(kit, "small", torch.float64)
     image = head_outputs(kit, file).image
     x, logit_center = (kit.tensor(file, name, torch.float64) for name in ("img_feat", "img_logitpos"))
     with torch.no_grad():
-        x, boxes = small.view_transformation(x.transpose(1, 2), image, logit_center, calibration)
+        x, boxes = small.view_transformation(x.transpose(1, 2), image, logit_center, cameras)
     kit.assert_close(file, "view_feat", x.transpose(1, 2), rounding=ROUNDING)
     for name, field in BOX.items():
         kit.assert_close(file, f"view_head_{name}_view", getattr(boxes, field), rounding=ROUNDING)
@@ -325,31 +296,30 @@ def test_fusion_of_stored_queries(kit: Kit, small: Head):
         kit.assert_close(file, f"fusion_head_{name}", getattr(boxes, field), rounding=ROUNDING)
 
 
-def lone_pyramid(kit: Kit, calibration: Calibration, dtype: torch.dtype) -> Pyramid:
-    width, height = kit.size("small")[1]
-    shapes = [(height // 4 // 2**level, width // 4 // 2**level) for level in range(4)]
-    levels = [kit.input(f"lone:f{i}", (VIEWS, 128, *shape), 1).to(dtype) for i, shape in enumerate(shapes)]
-    return pyramid(levels, calibration)
+def lone_pyramid(kit: Kit, cameras: Calibration, channels: int) -> Pyramid:
+    shapes, views = level_shapes(kit, "small"), cameras.present.shape[1]
+    levels = [kit.input("lone:f{l}", (views, channels, *shape), level=i) for i, shape in enumerate(shapes)]
+    return pyramid([level.to(cameras.rotation.dtype) for level in levels], cameras)
 
 
 @pytest.mark.parametrize("level", DTYPE)
 def test_camera_decoder_with_uneven_views(kit: Kit, level: Level):
     """Views with no, one, two and many candidates; the only one of a view gets zeros."""
     dtype, head = DTYPE[level], load_head(kit, "small", level)
-    calibration = Calibration(*(value[:1] for value in load_calibration(kit, "small", dtype)))
+    cameras = calibration(kit, "small", dtype, range(1))
     view = kit.tensor("units", "lone_view", torch.int64)[None]
-    x = kit.input("lone:query", (1, 128, 200), 1).to(dtype).transpose(1, 2)
-    place = kit.input("lone:qpos", (1, 200, 2), 2.5).to(dtype).sigmoid()
+    x = kit.input("lone:query").to(dtype).transpose(1, 2)
+    place = kit.input("lone:qpos").to(dtype).sigmoid()
     with torch.no_grad():
-        images = lone_pyramid(kit, calibration, dtype)
-        x, image, _ = head.image_decoder(x, place, view, images, calibration)
+        images = lone_pyramid(kit, cameras, head.config.channels)
+        x, image, _ = head.image_decoder(x, place, view, images, cameras)
     kit.assert_close("units", "lone_feat", x.transpose(1, 2), level)
-    box = monocular_box(image, calibration, head.config)
+    box = monocular_box(image, cameras, head.config)
     length, height, width = image.dim.unbind(1)
     dim = torch.stack((width, length, height), -1)
     bev = torch.cat((box.center, box.height, box.rot, box.vel, dim), -1)
     kit.assert_close("units", "lone_bev10", bev, level)
-    alone = view[0].bincount(minlength=VIEWS)[view] == 1
+    alone = view[0].bincount()[view] == 1
     assert alone.any()
     assert alone.sum() == (x.abs().sum(-1) == 0).sum()
 
@@ -357,14 +327,14 @@ def test_camera_decoder_with_uneven_views(kit: Kit, level: Level):
 @pytest.mark.parametrize("level", DTYPE)
 def test_deformable_attention(kit: Kit, level: Level):
     dtype, head = DTYPE[level], load_head(kit, "small", level)
-    calibration = Calibration(*(value[:1, :1] for value in load_calibration(kit, "small", dtype)))
-    width, height = kit.size("small")[1]
-    shapes = tuple((height // 4 // 2**index, width // 4 // 2**index) for index in range(4))
-    tokens = kit.input("msda:tok", (1, sum(h * w for h, w in shapes), 128), 1).to(dtype)[:, None]
-    query = kit.input("msda:q", (1, 60, 128), 1).to(dtype)
-    reference = kit.input("msda:ref", (1, 60, 2), 0.6).to(dtype) + 0.5
-    valid = pyramid([torch.empty(1, 1, *shape) for shape in shapes], calibration).valid
-    view = torch.zeros(1, 60, dtype=torch.int64)
+    cameras = Calibration(*(value[:, :1] for value in calibration(kit, "small", dtype, range(1))))
+    shapes = tuple(level_shapes(kit, "small"))
+    tokens = kit.input("msda:tok", (1, sum(h * w for h, w in shapes), head.config.channels)).to(dtype)[:, None]
+    query = kit.input("msda:q").to(dtype)
+    shift = float(kit.said(r'"msda:ref".*?\)\+([\d.]+)')[1])
+    reference = kit.input("msda:ref").to(dtype) + shift
+    valid = pyramid([torch.empty(1, 1, *shape) for shape in shapes], cameras).valid
+    view = torch.zeros(query.shape[:2], dtype=torch.int64)
     with torch.no_grad():
         out = head.image_decoder.layer.cross_attention(query, reference, tokens, shapes, valid, view)
     kit.assert_close("units", "msda_out", out, level)
@@ -373,8 +343,9 @@ def test_deformable_attention(kit: Kit, level: Level):
 @pytest.mark.parametrize("level", DTYPE)
 def test_layer_of_the_view_transformation(kit: Kit, level: Level):
     dtype, head = DTYPE[level], load_head(kit, "small", level)
-    x = kit.input("lone:query", (1, 128, 200), 1).to(dtype)[..., :7].transpose(1, 2)
-    position = kit.input("co:pos", (1, 7, 9), 2).to(dtype)
+    position = kit.input("co:pos").to(dtype)
+    count = position.shape[1]
+    x = kit.input("lone:query").to(dtype)[..., :count].transpose(1, 2)
     with torch.no_grad():
-        out = head.view_transformation.layer(x, position, torch.ones(1, 1, 7, dtype=torch.bool))
+        out = head.view_transformation.layer(x, position, torch.ones(1, 1, count, dtype=torch.bool))
     kit.assert_close("units", "crossonly_out", out.transpose(1, 2), level)

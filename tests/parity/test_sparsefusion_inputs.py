@@ -13,17 +13,13 @@ from perception.networks.sparsefusion.encode import Encoder, fit_canvas
 from perception.networks.sparsefusion.tensors import Calibration
 from perception.types import CameraImage, Pose, Sample
 
-SOURCE_TILES = (57, 100)  # of 16 x 16 pixels, cut to SOURCE_PX; weights.md, "units pre_*"
-SOURCE_PX = (1600, 900)
-ROW_STRIDE = 37  # README.md, 6
-
 
 @pytest.mark.parametrize("level", DTYPE)
 @pytest.mark.parametrize("case", ["full", "small"])
 @pytest.mark.parametrize("sample", [0, 1])
 def test_sparse_depth(kit: Kit, sample: int, case: str, level: Level):
     dtype = DTYPE[level]
-    cameras = Calibration(*(t[0] for t in calibration(kit, sample, case, dtype)))
+    cameras = Calibration(*(t[0] for t in calibration(kit, case, dtype, range(sample, sample + 1))))
     encoder = Encoder(config_of(kit, case)).to(dtype).eval()
     depth = encoder.sparse_depth(points(kit, sample).to(dtype), cameras)
     want = kit.array("inputs", f"s{sample}_{case}_sparse_depth")[:, 0]
@@ -34,10 +30,12 @@ def test_sparse_depth(kit: Kit, sample: int, case: str, level: Level):
 
 def test_images_and_intrinsics(kit: Kit):
     """To the bit: resized in OpenCV's integers, scaled by its float32 factors, normalised, padded."""
-    blue_green_red = np.floor(256 * (kit.input("pre:img", (*SOURCE_TILES, 3), 1).double().numpy() + 1) / 2)
-    pixels = blue_green_red.astype(np.uint8).repeat(16, 0).repeat(16, 1)[: SOURCE_PX[1], : SOURCE_PX[0]]
+    tile, rows = (int(n) for n in kit.said(r"pre:img.* repeated (\d+)×.* first (\d+) rows").groups())
+    stride = int(kit.said(r"every (\d+)\w+ row stored", "README.md")[1])
+    blue_green_red = np.floor(256 * kit.uniform("pre:img")).astype(np.uint8)
+    pixels = blue_green_red.repeat(tile, 0).repeat(tile, 1)[:rows]
     height, width, _ = kit.array("units", "pre_img_shape")
-    factors = np.array([[width / SOURCE_PX[0]], [height / SOURCE_PX[1]], [1.0]])
+    factors = np.array([[width / pixels.shape[1]], [height / pixels.shape[0]], [1.0]])
     scaled = kit.array("units", "pre_K")
     image = CameraImage(np.ascontiguousarray(pixels[..., ::-1]), scaled / factors, Pose.identity(), 0)
 
@@ -48,7 +46,7 @@ def test_images_and_intrinsics(kit: Kit):
     assert fit_canvas(image, canvas).size_px == (width, height)
     sample = Sample(0, cameras={"front": image})
     want = kit.array("units", "pre_out_hwc_rows")
-    got = encoder.images(sample)[0].permute(1, 2, 0)[::ROW_STRIDE]
+    got = encoder.images(sample)[0].permute(1, 2, 0)[::stride]
     np.testing.assert_array_equal(got, want)
 
     encoder.config = encoder.config.model_copy(update={"modality": "camera"})

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from parity.kit import Kit
+from parity.sparsefusion_inputs import calibration
 from parity.sparsefusion_outputs import (
     camera_rows_7,
     config_of,
     head_outputs,
-    kit_calibration,
     kit_matches,
     kit_targets,
     lidar_rows_7,
@@ -54,7 +53,7 @@ def targets(kit: Kit, config: SparseFusionConfig) -> Targets:
 
 @pytest.fixture(scope="module")
 def golden(kit: Kit) -> dict:
-    return json.loads((kit.root / "losses.json").read_text())
+    return kit.json("losses.json")
 
 
 def test_heatmaps(kit: Kit, targets: Targets):
@@ -69,7 +68,7 @@ def outputs_of(kit: Kit, step: str) -> Outputs:
 @pytest.mark.parametrize("step", ["eval", "trainp0"])
 def test_losses_of_the_stored_matches(kit: Kit, config: SparseFusionConfig, targets: Targets, golden: dict, step: str):
     matches = kit_matches(kit, f"loss_{step}")
-    terms = losses(outputs_of(kit, step), targets, kit_calibration(kit, "small"), config, matches)
+    terms = losses(outputs_of(kit, step), targets, calibration(kit, "small", torch.float64), config, matches)
     assert set(terms) == set(OFFICIAL_TERMS) - (set() if step == "eval" else {"lidar_heatmap", "image_heatmap"})
     for name, value in terms.items():
         want = sum(golden[step][part]["value"] for part in OFFICIAL_TERMS[name])
@@ -114,7 +113,7 @@ def test_gradients_of_the_predictions(kit: Kit, config: SparseFusionConfig, targ
         for group in (outputs[:2], outputs.point[:], outputs.view[:], outputs.fusion[:], outputs.image[:6])
         for t in group
     ]
-    terms = losses(outputs, targets, kit_calibration(kit, "small"), config, kit_matches(kit, "loss_eval"))
+    terms = losses(outputs, targets, calibration(kit, "small", torch.float64), config, kit_matches(kit, "loss_eval"))
     sum(terms.values()).backward()
     assert all(leaf.grad is not None for leaf in leaves)
     names = ("center", "height", "dim", "rot", "vel", "heatmap")
@@ -174,12 +173,12 @@ def test_true_boxes_as_the_cameras_see_them(kit: Kit, config: SparseFusionConfig
     The kit adds boxes near predictions, whose places in space and in the camera are not of one object: left out here.
     Its boxes in the image are not projections; tests/networks/sparsefusion has those by hand.
     """
-    calibration, stored = kit_calibration(kit, "small"), targets.image
-    for s in range(len(calibration.present)):
+    cameras, stored = calibration(kit, "small", torch.float64), targets.image
+    for s in range(len(cameras.present)):
         space = kit.array("loss_eval", f"in_s{s}_gt_bboxes_lidar_view").astype(np.float64)
         label, view = kit.array("loss_eval", f"in_s{s}_gt_labels_2d_class_view").T
         center = space[:, :3] + [0, 0, 0.5] * space[:, 3:6]
-        rotation, translation = calibration.rotation[s, view].numpy(), calibration.translation[s, view].numpy()
+        rotation, translation = cameras.rotation[s, view].numpy(), cameras.translation[s, view].numpy()
         in_camera = (rotation @ center[..., None])[..., 0] + translation
         real = np.abs(in_camera - stored.center_camera[s, : len(space)].numpy()).max(1) < 0.01
         assert real.mean() > 0.5
@@ -187,7 +186,7 @@ def test_true_boxes_as_the_cameras_see_them(kit: Kit, config: SparseFusionConfig
             center, space[:, [4, 3, 5]], -space[:, 6] - math.pi / 2, space[:, 7:], np.ones(len(space)),
             label.astype(np.int64), config.classes, 0,
         ).select(real)  # fmt: skip
-        sample = Calibration(*(t[s : s + 1] for t in calibration))
+        sample = Calibration(*(t[s : s + 1] for t in cameras))
         found = encode_targets([Truth(boxes=boxes)], [Pose.identity()], sample, config).image
         for m in np.flatnonzero(real):
             same = (found.view[0] == int(view[m])) & (found.label[0] == int(label[m]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ def test_gradients_of_the_parameters(kit: Kit, step: str):
     total = sum(terms.values())
     total.backward()
 
-    golden = json.loads((kit.root / "losses.json").read_text())[step]
+    golden = kit.json("losses.json")[step]
     assert float(total.detach()) == pytest.approx(golden["total"]["value"], rel=1e-6)
     if step == "trainp0":
         compare_predictions(kit, outputs)
