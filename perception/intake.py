@@ -116,10 +116,10 @@ class Intake:
 
     def take_transforms(self, message: Any, topic: str, static: bool) -> None:
         """A tf2_msgs/TFMessage."""
+        self._arrived(topic, max((stamp_ns(stated.header) for stated in message.transforms), default=0))
         for stated in message.transforms:
             try:
                 transform = decode_transform(stated, topic)
-                self._arrived(topic, transform.stamp_ns)
                 if static:
                     self.frames.add_static(transform.parent, transform.child, transform.pose)
                     continue

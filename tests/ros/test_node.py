@@ -165,9 +165,8 @@ def drive_through(
 
 
 def _count(node: Any, topic: str) -> int:
-    intake = node._diagnostics._intake
-    seen = intake.arrivals[topic].count if topic in intake.arrivals else 0
-    return seen + intake.refused[topic]
+    arrivals = node._diagnostics._intake.arrivals
+    return arrivals[topic].count if topic in arrivals else 0
 
 
 def test_every_sweep_gives_its_boxes_under_its_own_stamp(started):
@@ -443,8 +442,6 @@ def test_twenty_seconds_of_a_large_rig_lose_no_sweep(interfaces):
     found = bench(seconds=20.0, sweeps=10)
     assert found.sent["/lidar_top"] == 400
     for topic, sent in found.sent.items():
-        if topic != "/tf_static":  # counted by its transforms
-            assert found.received[topic] == sent, topic
-    assert sum(found.fates.values()) == 400
-    assert set(found.fates) <= {"published", "superseded"} and found.fates["published"] > 40
+        assert found.received[topic] == sent, topic
+    assert sum(found.fates.values()) == 400 and found.fates["published"]
     assert len(CAMERAS) == 6
