@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -52,6 +53,7 @@ def train(
         torch.manual_seed(config.training.seed)  # the same network in every process
         if config.training.precision == "bfloat16":
             _allow_tf32()
+        sys.setswitchinterval(2e-4)  # s; the thread that encodes must not hold up the one that launches kernels
         network = _network(config.predictor).to(place.device)
         for path in config.training.weights:
             tell(f"{path}: {read_fitting(network, path)}")
