@@ -108,7 +108,7 @@ def _vehicle(jpeg: str) -> dict[str, Any]:
 
 
 def _run(config: Path, seconds: float, sweeps: int) -> RosBench:
-    load, systems.load_predictor = systems.load_predictor, lambda *_: NoNetwork(sweeps)
+    load, systems.load_predictor = systems.load_predictor, lambda *_: NoNetwork(sweeps)  # type: ignore[assignment]
     rclpy.init(args=[])
     executor = SingleThreadedExecutor()
     node = PerceptionNode(parameter_overrides=[Parameter("config", value=str(config))])
@@ -150,7 +150,7 @@ def _measure(node: PerceptionNode, executor: SingleThreadedExecutor, seconds: fl
     return RosBench(
         json.loads(sensors.stdout.read()),
         {topic: intake.arrivals[topic].count for topic in topics if topic in intake.arrivals},
-        {"published": worker.published, **worker.dropped},
+        {"published": worker.published} | dict(worker.dropped),
         {name: _percentiles([1e3 * one[name] for one in stages]) for name in names},
         cpu_s / elapsed_s,
     )

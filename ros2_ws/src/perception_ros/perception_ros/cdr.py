@@ -49,7 +49,7 @@ class CdrWriter:
         values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
         if values.dtype.names is None:
             self._align(values.dtype.itemsize)
-        self._append(memoryview(values.reshape(-1).view(np.uint8)))
+        self._append(values.reshape(-1).view(np.uint8).data)
 
     def sequence(self, values: Array) -> None:
         """A sequence of numbers, or with (N, C) values of N structs of C numbers of one type (Point, ColorRGBA)."""
