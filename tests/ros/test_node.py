@@ -411,10 +411,14 @@ def test_a_signal_under_load_ends_the_process_cleanly_within_two_seconds(
         car = Car(bag)
         nodes.append(car.node)
         spin_until(lambda: car.heard(*MATCHED), 60.0, nodes=[car.node])
-        spin_until(lambda: car.node.count_publishers("/perception/detection/report") > 0, 10.0, nodes=[car.node])
-        for message in car.messages():
-            car.publish(message)
-        spin_until(lambda: len(car.reports) > 0, 20.0, nodes=[car.node])
+        for _ in range(10):  # the node may not have discovered this listener yet: then it predicts for nobody
+            for message in car.messages():
+                car.publish(message)
+            until = time.monotonic() + 2
+            spin_until(lambda until=until: car.reports or time.monotonic() > until, nodes=[car.node])
+            if car.reports:
+                break
+        assert car.reports
         for message in car.messages():
             car.publish(message)
         begun = time.monotonic()

@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -51,6 +52,7 @@ class PerceptionNode(LifecycleNode):
 
     Attributes:
         failure: why the last configure or activate failed.
+        stopping: set when the process is to end.
     """
 
     def __init__(self, name: str = "perception", **keys: Any) -> None:
@@ -61,6 +63,7 @@ class PerceptionNode(LifecycleNode):
         self.declare_parameter("systems", [""], fixed)
         self.declare_parameter("autostart", True, fixed)
         self.failure: Exception | None = None
+        self.stopping = threading.Event()
         self.stack: StackConfig | None = None
         self.systems: list[System] = []
         self.workers: list[Worker] = []
@@ -179,7 +182,7 @@ class PerceptionNode(LifecycleNode):
         """In lock step, wait until all that comes of what was taken has been published; whether it is lock step."""
         if not self._received.get_subscription_count():
             return False
-        while not all(worker.settled for worker in self.workers) and self.context.ok():
+        while not all(worker.settled for worker in self.workers) and not self.stopping.is_set():
             time.sleep(0.001)
         return True
 
@@ -236,29 +239,36 @@ def main() -> None:
 
 def _run() -> bool:
     """Whether the node ran."""
-    # rclpy's own handlers end ROS at once, under the feet of callbacks and workers; a KeyboardInterrupt lets them stop
-    # first. It is raised between two waits, which are short for that.
+    # rclpy's own handlers end ROS at once, under the feet of callbacks and workers; here these stop first. Loading is
+    # interrupted; once the node runs, a signal is seen between two waits, which are short for that.
     rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts what is in its background deaf to it
-        signal.signal(number, signal.default_int_handler)
+    _on_signals(signal.default_int_handler)
     node, executor = None, SingleThreadedExecutor()
     try:
         node = PerceptionNode()
         executor.add_node(node)
         if not node.autostart():
             return False
-        while True:
+        stopping = node.stopping
+        _on_signals(lambda *_: stopping.set())
+        while not stopping.is_set():
             executor.spin_once(timeout_sec=0.1)
+        return True
     except KeyboardInterrupt:
         return True
     except PerceptionError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return False
     finally:
-        executor.shutdown()
         if node is not None:
             node.close()
+        executor.shutdown(timeout_sec=0.0)
         rclpy.try_shutdown()
+
+
+def _on_signals(handler: Callable[..., object]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts what is in its background deaf to it
+        signal.signal(number, handler)
 
 
 if __name__ == "__main__":
