@@ -34,7 +34,8 @@ class SwinTiny(nn.Module):
     def __init__(self, drop_path: float = 0.2) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(self.channels[0])
-        rates = torch.linspace(0, drop_path, sum(self.depths)).tolist()
+        count = sum(self.depths)
+        rates = [drop_path * i / (count - 1) for i in range(count)]
         self.layers = nn.ModuleList()
         for i, depth in enumerate(self.depths):
             own, rates = rates[:depth], rates[depth:]
