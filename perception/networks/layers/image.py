@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perception.networks.layers.folding import convolve_relu
+
 
 class ResNet50(nn.Module):
     """ResNet-50 with the stride of a bottleneck in its 3x3 convolution (arXiv 1512.03385, torchvision's variant)."""
@@ -34,7 +36,7 @@ class ResNet50(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> (N, 256 * 2^l, H / 2^(l+2), W / 2^(l+2)) for l = 0 to 3."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(convolve_relu(self.conv1, self.bn1, images))
         levels = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
@@ -60,9 +62,9 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+        out = convolve_relu(self.conv1, self.bn1, x)
+        out = convolve_relu(self.conv2, self.bn2, out)
+        return convolve_relu(self.conv3, self.bn3, out, residual=self.downsample(x))
 
 
 def _resnet_layer(in_channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:

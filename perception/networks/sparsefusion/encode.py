@@ -204,13 +204,14 @@ class Encoder(nn.Module):
         if image is None:
             intrinsic = np.diag([canvas[0], canvas[0], 1.0])
             return np.concatenate([np.eye(3).ravel(), np.zeros(3), intrinsic.ravel(), canvas, canvas, [0.0]])
-        camera_from_network = image.ego_from_camera.inverse() @ frame
+        camera_from_ego = image.ego_from_camera.rotation.T  # as plain arrays: a Pose is checked each time it is made
         factors = np.array(fit_canvas(image, self.config.image).factors)
         intrinsic = image.intrinsic.copy()
         intrinsic[:2] *= factors.astype(np.float32)[:, None]  # the official loader's factors are float32
         height, width = image.rgb.shape[:2]
         valid = np.array(image.valid_size or (width, height)) * factors
-        pose = (camera_from_network.rotation.ravel(), camera_from_network.translation)
+        translation = camera_from_ego @ (frame.translation - image.ego_from_camera.translation)
+        pose = ((camera_from_ego @ frame.rotation).ravel(), translation)
         visible = valid if self.training else canvas
         return np.concatenate([*pose, intrinsic.ravel(), valid, visible, [float(present)]])
 

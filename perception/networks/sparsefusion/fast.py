@@ -3,7 +3,8 @@
 * Batch norms are folded into the convolutions before them, and 2D convolutions run on channels-last tensors, in half
   precision if so configured. What is sensitive stays in float32, as under autocast.
 * The sparse encoder runs on the Triton backend; only its sizes depend on the data.
-* The image branch, and all that follows the encoder, are CUDA graphs. The first runs beside the sparse encoder.
+* The image branch, and all that follows the encoder, are CUDA graphs. The first runs beside the sparse encoder, whose
+  many small kernels go before it. In the second what is done for the cameras alone runs beside what is for the LiDAR.
 
 The host waits for the device once for each strided convolution of the encoder, since the number of its sites has to be
 known, and once for the number of BEV cells that a view sees.
@@ -12,22 +13,23 @@ known, and once for the number of BEV cells that a view sees.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from perception.networks.layers.attention import Attention, DeformableAttention
 from perception.networks.layers.cuda_graphs import CudaGraphs
 from perception.networks.layers.folding import fold_norms
 from perception.networks.sparsefusion.head import Head
 from perception.networks.sparsefusion.image import ImageBranch
 from perception.networks.sparsefusion.lidar import LidarBranch
 from perception.networks.sparsefusion.tensors import Calibration, Inputs, Outputs
+from perception.networks.sparsefusion.transformer import FeedForward
 
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-_CELLS_STEP = 1024
+_CELLS_STEP = 512
 """Numbers of visible cells are rounded up to it: each is a graph of its own."""
 
 
@@ -52,7 +54,18 @@ class FastForward:
                 part.to(dtype)
         self._image_graphs = CudaGraphs(self._run_image)
         self._rest_graphs = CudaGraphs(self._run_rest)
+        self._ahead = torch.cuda.Stream(priority=-1)
         self._beside = torch.cuda.Stream()
+        self._cameras = torch.cuda.Stream()
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Into a stream whose kernels go before those of the image branch; the stream outside waits for it."""
+        outside = torch.cuda.current_stream()
+        self._ahead.wait_stream(outside)
+        with torch.cuda.stream(self._ahead):
+            yield
+        outside.wait_stream(self._ahead)
 
     @torch.inference_mode()
     def start(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -108,27 +121,59 @@ class FastForward:
         left = list(tensors)
         bev = low = high = depth = calibration = None
         half = self._dtype != torch.float32
-        precision = torch.autocast("cuda", self._dtype if half else None, enabled=half, cache_enabled=False)
-        with precision, sdpa_kernel(_ATTENTION):
+        with torch.autocast("cuda", self._dtype if half else None, enabled=half, cache_enabled=False):
             if self._lidar is not None:
                 bev = left.pop(0).to(memory_format=torch.channels_last)
-                bev = self._lidar.neck(self._lidar.backbone(bev))
                 low, high = left.pop(0), left.pop(0)
             if self._image is not None:
                 depth = left.pop(0) if self._lidar is not None else None
                 calibration = Calibration(*left)
+            if bev is not None and calibration is not None:
+                return self._in_two_streams(bev, low, high, levels, depth, calibration, visible_cells)
+            if self._lidar is not None and bev is not None:
+                bev = self._lidar.neck(self._lidar.backbone(bev))
             outputs: Outputs = self._head(bev, low, high, levels and list(levels), depth, calibration, visible_cells)
             return outputs
+
+    def _in_two_streams(
+        self,
+        bev: Tensor,
+        low: Tensor | None,
+        high: Tensor | None,
+        levels: tuple[Tensor, ...] | None,
+        depth: Tensor | None,
+        calibration: Calibration,
+        visible_cells: int | None,
+    ) -> Outputs:
+        """`Head.forward` of both modalities; the cameras' own part in a stream beside the LiDAR's."""
+        assert self._lidar is not None
+        assert levels is not None
+        assert visible_cells is not None
+        head, main, cameras = self._head, torch.cuda.current_stream(), self._cameras
+        cameras.wait_stream(main)
+        with torch.cuda.stream(cameras):
+            images = head.image_pyramid(list(levels), depth, calibration)
+        bev = head.bev_map(self._lidar.neck(self._lidar.backbone(bev)))
+        sight = head.look(low, high, calibration)
+        main.wait_stream(cameras)  # for the pyramid; what follows there runs beside
+        with torch.cuda.stream(cameras):
+            image = head.detect_in_images(images, calibration)
+        lidar = head.detect_in_lidar(bev, head.lidar_heatmap(head.semantic(bev, images, sight, visible_cells)))
+        main.wait_stream(cameras)
+        outputs = lidar.into(image.into(Outputs(*[None] * len(Outputs._fields))))
+        return outputs._replace(fusion=head.fuse(lidar, image, calibration))
 
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def _prepared(module: M, dtype: torch.dtype) -> M:
-    """A copy with folded norms, its 2D convolutions of `dtype` on channels-last tensors."""
+    """A copy with folded norms, its 2D convolutions of `dtype` on channels-last tensors, its attention of `dtype`."""
     module = copy.deepcopy(module).eval()
     fold_norms(module)
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
             part.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        elif isinstance(part, Attention | DeformableAttention | FeedForward):
+            part.to(dtype)  # autocast would do so in every replay
     return module

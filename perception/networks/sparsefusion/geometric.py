@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from perception.networks.layers.folding import convolve_relu
 
 
 class DepthBlock(nn.Module):
@@ -20,8 +21,8 @@ class DepthBlock(nn.Module):
         self.downsample = shortcut if stride > 1 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(residual + self.downsample(x))
+        out = convolve_relu(self.conv1, self.bn1, x)
+        return convolve_relu(self.conv2, self.bn2, out, residual=self.downsample(x))
 
 
 class GeometricTransfer(nn.Module):

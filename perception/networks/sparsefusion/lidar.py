@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perception.networks.layers.folding import convolve_relu
 from perception.networks.layers.sparse import (
     Backend,
     SparseConv3d,
@@ -150,7 +151,10 @@ class Second(nn.Module):
         """(B, C, Y, X) -> (B, channels[i], Y / 2^i, X / 2^i) of each stage."""
         levels = []
         for block in self.blocks:
-            bev = block(bev)
+            layers = list(block.children())
+            for conv, norm in zip(layers[::3], layers[1::3], strict=True):
+                assert isinstance(conv, nn.Conv2d)
+                bev = convolve_relu(conv, norm, bev)
             levels.append(bev)
         return levels
 

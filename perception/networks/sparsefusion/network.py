@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -91,14 +92,15 @@ class SparseFusion(nn.Module):
         cameras = self.needs.cameras
         if self.config.modality == "camera" and len(absent_cameras(sample, cameras)) == len(cameras):
             return Boxes3D.empty(self.config.classes, sample.stamp_ns)
-        # On a GPU the image branch runs while the host copies the points.
-        images = self.encoder.all_images([sample]) if self.image is not None else None
-        levels = self.fast.start(images) if self.fast is not None and images is not None else None
-        inputs: Inputs = self.encoder([sample], images)
-        if inputs.voxels is not None and not len(inputs.voxels):
-            return Boxes3D.empty(self.config.classes, sample.stamp_ns)
-        outputs: Outputs = self(inputs) if self.fast is None else self.fast(inputs, levels)
-        return self.decode(outputs, [sample])[0]
+        with nullcontext() if self.fast is None else self.fast.ahead():
+            # On a GPU the image branch runs while the host copies the points.
+            images = self.encoder.all_images([sample]) if self.image is not None else None
+            levels = self.fast.start(images) if self.fast is not None and images is not None else None
+            inputs: Inputs = self.encoder([sample], images)
+            if inputs.voxels is not None and not len(inputs.voxels):
+                return Boxes3D.empty(self.config.classes, sample.stamp_ns)
+            outputs: Outputs = self(inputs) if self.fast is None else self.fast(inputs, levels)
+            return self.decode(outputs, [sample])[0]
 
     def accelerate(self) -> None:
         """Predict by `FastForward` in the configured precision from now on, if the device is a GPU that has Triton.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from perception.networks.layers.folding import fold_norms
+from perception.networks.layers.folding import convolve_relu, fold_norms
 from perception.networks.layers.image import EfficientNetLite0, ResNet50
 from perception.networks.layers.sparse import SparseConv3d, SparseSequential, SparseTensor, SubMConv3d
 
@@ -62,3 +62,31 @@ def test_a_norm_that_follows_no_convolution_stays():
 def test_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"training mode.*call \.eval"):
         fold_norms(ResNet50())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", [False, True])
+def test_convolution_norm_sum_and_relu(residual: bool):
+    conv, norm = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
+    pair = randomised(nn.Sequential(conv, norm)).float()
+    x, other = torch.randn(2, 8, 9, 9), torch.randn(2, 16, 5, 5) if residual else None
+    want = (pair(x) + (other if other is not None else 0)).relu()
+    torch.testing.assert_close(convolve_relu(conv, norm, x, other), want)
+    fold_norms(pair)
+    torch.testing.assert_close(convolve_relu(pair[0], pair[1], x, other), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_one_kernel_gives_the_same(residual: bool, dtype: torch.dtype):
+    pair = randomised(nn.Sequential(nn.Conv2d(64, 32, 3, padding=1), nn.BatchNorm2d(32))).float().cuda()
+    fold_norms(pair)
+    x, other = torch.randn(2, 64, 16, 24).cuda(), torch.randn(2, 32, 16, 24).cuda() if residual else None
+    want = convolve_relu(pair[0], pair[1], x, other)
+    pair.to(dtype=dtype, memory_format=torch.channels_last)
+    x, other = (t if t is None else t.to(dtype, memory_format=torch.channels_last) for t in (x, other))
+    got = convolve_relu(pair[0], pair[1], x, other)
+    assert got.dtype == dtype
+    assert (got.float() - want).abs().max() < 0.02 * want.abs().max()
