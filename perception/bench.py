@@ -9,17 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from perception.device import usable_device
-from perception.networks.layers.sparse import (
-    Backend,
-    SparseConv3d,
-    SparseModule,
-    SparseSequential,
-    SparseTensor,
-    SubMConv3d,
-)
+from perception.networks.layers.sparse import Backend
+from perception.networks.sparsefusion.config import LidarConfig
+from perception.networks.sparsefusion.lidar import POINT_CHANNELS, SparseEncoder
 from perception.synthetic.city import CityConfig
 from perception.synthetic.stream import Augment, Pair, Replay, fresh
 from perception.types import Array, Pose, Sample, VoxelGrid
@@ -97,7 +93,7 @@ def bench_sparse(
     """The sparse encoder of SECOND over the voxels of one cloud, kernel maps included, on each backend and type.
 
     Args:
-        points: (N, C >= 3) float32 in the LiDAR's frame, metres; x, y, z first. Voxelised once, not timed.
+        points: (N, 3 to 5) float32 in the LiDAR's frame, metres; x, y, z first. Voxelised once, not timed.
         train: time a forward and backward pass in training mode, else a forward pass for inference.
 
     Raises PerceptionError where a backend cannot be used (see `SparseTensor`).
@@ -108,13 +104,14 @@ def bench_sparse(
     sites = torch.from_numpy(indices).to(device)
     rows = []
     for dtype in dtypes:
-        features = torch.from_numpy(voxels.features).to(device, dtype)
-        network = second_encoder(features.shape[1]).to(device, dtype).train(train)
+        features = F.pad(torch.from_numpy(voxels.features).to(device, dtype), (0, POINT_CHANNELS - points.shape[1]))
+        network = SparseEncoder(LidarConfig()).to(device, dtype).train(train)
         for backend in backends:
 
-            def run(features: Tensor = features, network: nn.Module = network, backend: Backend = backend) -> None:
+            def run(features: Tensor = features, network: SparseEncoder = network, backend: Backend = backend) -> None:
+                network.backend = backend
                 with torch.set_grad_enabled(train):
-                    out = network(SparseTensor(features, sites, (41, 1440, 1440), 1, backend)).to_dense()
+                    out = network(features, sites, 1)
                     if train:
                         out.float().square().mean().backward()
 
@@ -184,31 +181,3 @@ def _sample_size(sample: Sample, city: CityConfig) -> str:
     if city.occupancy is not None:
         parts.append("occupancy of " + "x".join(map(str, city.occupancy.shape)))
     return ", ".join(parts)
-
-
-def second_encoder(in_channels: int) -> SparseSequential:
-    """SECOND's encoder as SparseFusion has it: 41 x 1440 x 1440 voxels to 2 x 180 x 180 of 128 channels."""
-    stages: list[nn.Module] = [_unit(SubMConv3d(in_channels, 16, 3, bias=False))]
-    for channels, padding in ((16, 1), (32, 1), (64, (0, 1, 1))):
-        down = SparseConv3d(channels, 2 * channels, 3, stride=2, padding=padding, bias=False)
-        stages += [_BasicBlock(channels), _BasicBlock(channels), _unit(down)]
-    last = SparseConv3d(128, 128, (3, 1, 1), stride=(2, 1, 1), bias=False)
-    return SparseSequential(*stages, _BasicBlock(128), _BasicBlock(128), _unit(last))
-
-
-def _unit(conv: SubMConv3d | SparseConv3d) -> SparseSequential:
-    return SparseSequential(conv, nn.BatchNorm1d(conv.out_channels, eps=1e-3, momentum=0.01), nn.ReLU())
-
-
-class _BasicBlock(SparseModule):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = SubMConv3d(channels, channels, 3, bias=False)
-        self.bn1 = nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01)
-        self.conv2 = SubMConv3d(channels, channels, 3, bias=False)
-        self.bn2 = nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01)
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        out = self.conv1(x).map(self.bn1).map(torch.relu)
-        out = self.conv2(out).map(self.bn2)
-        return out.with_features(torch.relu(out.features + x.features))

@@ -271,7 +271,9 @@ def show_weights(file: Annotated[Path, typer.Argument(help="A weights file (.saf
 def bench_sparse(
     points: Annotated[Path | None, typer.Option(help="A nuScenes .pcd.bin. Without: a sample made here.")] = None,
     device: DeviceOption = "cpu",
-    backend: Annotated[Literal["torch", "spconv"] | None, typer.Option(help="Without: all that are installed.")] = None,
+    backend: Annotated[
+        Literal["torch", "spconv", "triton"] | None, typer.Option(help="Without: all that are installed.")
+    ] = None,
     train: Annotated[bool, typer.Option("--train", help="Forward and backward instead of inference.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs, after three to warm up.")] = 10,
 ) -> None:
@@ -290,8 +292,9 @@ def bench_sparse(
         cloud = _city_cloud()
         features = np.concatenate([cloud.xyz, cloud.field("intensity")[:, None]], 1)
     on_gpu = device.startswith("cuda")
-    backends: list[Literal["torch", "spconv"]]
-    backends = [backend] if backend else ["torch", "spconv"] if on_gpu and find_spec("spconv") else ["torch"]
+    backends: list[Literal["torch", "spconv", "triton"]] = [backend] if backend else ["torch"]
+    if on_gpu and not backend:
+        backends += [name for name in ("spconv", "triton") if find_spec(name) and not (train and name == "triton")]
     dtypes = (torch.float32, torch.float16) if on_gpu else (torch.float32,)
     out.print(bench_table(bench(features, device, backends=backends, dtypes=dtypes, train=train, runs=runs)))
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from perception.bench import bench_sparse, measure, second_encoder
-from perception.networks.layers.sparse import SparseTensor
+from perception.bench import bench_sparse, measure
 
 
 def test_measure_counts_its_runs() -> None:
@@ -27,15 +26,6 @@ def test_sparse_encoder_is_measured(train: bool) -> None:
     kind = "training step" if train else "inference"
     assert [row.name for row in rows] == [f"sparse encoder, {kind}, torch, {t}" for t in ("float32", "bfloat16")]
     assert all(row.size == "300 voxels" and row.p50_ms > 0 for row in rows)
-
-
-def test_encoder_is_seconds() -> None:
-    """Shapes and parameter count of the published encoder: 126 tensors, 2 x 180 x 180 of 128 channels."""
-    network = second_encoder(5).eval()
-    assert len(network.state_dict()) == 126
-    indices = torch.tensor([[0, 20, 700, 701], [0, 20, 700, 702]], dtype=torch.int32)
-    out = network(SparseTensor(torch.randn(2, 5), indices, (41, 1440, 1440), 1))
-    assert out.to_dense().shape == (1, 128, 2, 180, 180)
 
 
 @pytest.mark.gpu
