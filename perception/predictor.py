@@ -7,6 +7,7 @@ PREDICTORS.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -89,6 +90,10 @@ class Network(Protocol):
     needs: Needs
     output: Output
 
+    def accelerate(self) -> None:
+        """Make ready to predict as fast as the device allows; weights do not change any more."""
+        ...
+
     def predict(self, sample: Sample) -> Prediction:
         """As in Predictor, without gradients."""
         ...
@@ -101,18 +106,22 @@ class Network(Protocol):
 class NetworkPredictor:
     """A network in evaluation mode; it sees one sample at a time and remembers nothing."""
 
-    def __init__(self, network: Network, weights: WeightsProvenance) -> None:
+    def __init__(self, network: Network, weights: WeightsProvenance, device: torch.device) -> None:
         self.needs = network.needs
         self.output = network.output
         self.weights = weights
         self.image_resize = IMAGE_RESIZE if network.needs.cameras else None
         self.degraded = ""
         self._network = network
+        self._device = device
+        with _current(device):
+            network.accelerate()
 
     def predict(self, sample: Sample) -> Prediction:
         """The network's; DataError where the sample lacks what it cannot do without."""
         self.degraded = self._network.degraded(sample)
-        return self._network.predict(sample)
+        with _current(self._device):
+            return self._network.predict(sample)
 
     def reset(self) -> None:
         """It remembers nothing."""
@@ -136,7 +145,12 @@ def load_network(network: type[nn.Module], config: Config, device: torch.device)
         )
     module = network(config)
     weights = load_weights(module, path)
-    return NetworkPredictor(module.to(device).eval(), weights)  # type: ignore[arg-type]
+    return NetworkPredictor(module.to(device).eval(), weights, device)  # type: ignore[arg-type]
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Where streams, graphs and Triton's kernels belong to the current GPU, as they do: be that one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class TruthEchoConfig(Config):

@@ -18,10 +18,10 @@ from perception.evaluation.result import read_result, write_result
 from perception.evaluation.run import evaluate, load_run_config
 from perception.networks.sparsefusion import SparseFusion, SparseFusionConfig
 from perception.predict import load_jobs, predict, write
-from perception.predictor import NetworkPredictor, load_predictor, predictor_config
+from perception.predictor import NetworkPredictor, load_network, load_predictor, predictor_config
 from perception.synthetic.demo import demo_bag
 from perception.types import Sample
-from perception.weights import WeightsProvenance, convert_weights, write_weights
+from perception.weights import WeightsProvenance, convert_weights, read_weights, write_weights
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TINY = tiny_sparsefusion()
@@ -102,6 +102,32 @@ def test_a_predictor_tells_what_its_last_prediction_did_without(weights: Path):
     assert predictor.degraded == "camera back missing"
     predictor.reset()
     assert predictor.degraded == ""
+
+
+def test_a_predictor_is_made_ready_once(weights: Path):
+    """Where it predicts, in evaluation mode, with its weights loaded."""
+    ready = []
+
+    class Noted(SparseFusion):
+        def accelerate(self) -> None:
+            ready.append(
+                (self.training, read_weights(weights)[0]["head.level_embedding"].equal(self.head.level_embedding))
+            )
+            super().accelerate()
+
+    load_network(Noted, tiny_sparsefusion(weights=weights), torch.device("cpu")).predict(
+        Sample(0, lidars={"top": builders.cloud()}, cameras={})
+    )
+    assert ready == [(False, True)]
+
+
+@pytest.mark.gpu
+def test_commands_predict_the_fast_way_on_a_gpu(weights: Path):
+    predictor = load_predictor(tiny_sparsefusion(weights=weights), "cuda")
+    assert isinstance(predictor, NetworkPredictor)
+    assert predictor._network.fast is not None
+    sample = Sample(0, lidars={"top": builders.cloud()}, cameras={"front": builders.camera()})
+    assert len(predictor.predict(sample))
 
 
 def test_prediction_on_the_real_key_frame(shared_data: Path, weights: Path, tmp_path: Path):
