@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perception.errors import PerceptionError
 from perception.geometry import transform_boxes, wrap_angle
 from perception.networks.layers.attention import full_precision
 from perception.networks.sparsefusion.config import LidarConfig, SparseFusionConfig
@@ -102,9 +103,17 @@ def to_boxes3d(
 
     A box stays with its centre (at the bottom face) in `center_range_m`, a score of `score_threshold` or more, and no
     better one of its class near (`suppressed`).
+
+    Raises:
+        PerceptionError: a number is NaN.
     """
     box, score, label = detections
     rows = torch.cat([box, score[..., None].to(box), label[..., None].to(box)], -1).double().cpu().numpy()
+    if wrong := int(np.isnan(rows).any(-1).sum()):
+        raise PerceptionError(
+            f"sparsefusion: {wrong} of {rows.shape[0] * rows.shape[1]} boxes are not numbers",
+            "predictor.precision=float32 if it is another, else other weights: these diverged in training",
+        )
     return [
         transform_boxes(pose, _network_boxes(sample[keep(sample, config)], config.classes, stamp_ns))
         for sample, pose, stamp_ns in zip(rows, ego_from_network, stamps_ns, strict=True)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from perception.config import Config
 from perception.types import Pose
@@ -57,6 +57,22 @@ class LidarConfig(Config):
         nx, ny, nz = (round((b - a) / s) for a, b, s in zip(low, high, self.voxel_size_m, strict=True))
         return nx, ny, nz
 
+    @model_validator(mode="after")
+    def _fits(self) -> LidarConfig:
+        if min(self.voxel_size_m) <= 0:
+            raise ValueError(f"voxel_size_m {self.voxel_size_m} must be greater than 0")
+        low, high = self.range_m[:3], self.range_m[3:]
+        for axis, a, b, size, cells in zip("xyz", low, high, self.voxel_size_m, self.grid, strict=True):
+            if cells < 1 or abs(cells * size - (b - a)) > 1e-3 * size:
+                raise ValueError(f"range_m {a:g} to {b:g} m along {axis} is no whole number of voxel_size_m {size:g}")
+        least = self.stride * 2 ** (len(self.backbone_channels) - 1)
+        if any(cells % least for cells in self.grid[:2]):
+            raise ValueError(
+                f"range_m and voxel_size_m give {self.grid[0]} x {self.grid[1]} voxels; {len(self.encoder_channels)} "
+                f"encoder_channels and {len(self.backbone_channels)} backbone_channels need multiples of {least}"
+            )
+        return self
+
     @property
     def bev_shape(self) -> tuple[int, int]:
         """BEV cells along y (rows) and x (columns)."""
@@ -75,6 +91,12 @@ class ImageConfig(Config):
     """RGB, 0 to 255."""
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     neck_channels: int = 256
+
+    @model_validator(mode="after")
+    def _fits(self) -> ImageConfig:
+        if any(size < 1 or size % 32 for size in self.canvas_px):
+            raise ValueError(f"canvas_px {self.canvas_px}: the backbones' last stride needs multiples of 32")
+        return self
 
 
 class Mounting(Config):
@@ -135,3 +157,9 @@ class SparseFusionConfig(Config):
     """Of predictions on a GPU, by autocast; what is sensitive stays float32."""
     score_threshold: float = Field(0.0, ge=0, le=1)
     """Boxes below are dropped."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SparseFusionConfig:
+        if self.channels % self.heads:
+            raise ValueError(f"channels {self.channels} cannot be shared by {self.heads} heads")
+        return self

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perception import geometry
+from perception.errors import PerceptionError
 from perception.networks.sparsefusion.boxes import (
     Detections,
     class_scores,
@@ -168,6 +169,15 @@ def test_detections_out_of_range_or_below_the_threshold_are_dropped():
 
 
 def test_a_map_of_other_cells_moves_the_code():
-    lidar = LidarConfig(range_m=(-10.0, -20.0, -5.0, 10.0, 20.0, 3.0), encoder_channels=(8, 16, 32))
+    lidar = LidarConfig(range_m=(-9.0, -18.0, -5.0, 9.0, 18.0, 3.0), encoder_channels=(8, 16, 32))
     code = encode_boxes(torch.tensor([[1.0, 2.0, -1.0, 2.0, 4.0, 1.0, 0.5, 0.1, 0.2]]), lidar)
-    assert code[0, :3].tolist() == pytest.approx([11 / 0.3, 22 / 0.3, -0.5], rel=1e-6)
+    assert code[0, :3].tolist() == pytest.approx([10 / 0.3, 20 / 0.3, -0.5], rel=1e-6)
+
+
+@pytest.mark.parametrize("part", ["box", "score"])
+def test_boxes_that_are_not_numbers_are_told(part: str):
+    """Left to the filters they would be dropped without a word."""
+    detections = Detections(torch.zeros(1, 3, 9), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int64))
+    getattr(detections, part)[0, 1] = torch.nan
+    with pytest.raises(PerceptionError, match=r"1 of 3 boxes are not numbers\n.*precision=float32"):
+        to_boxes3d(detections, CONFIG, [Pose.identity()], [0])

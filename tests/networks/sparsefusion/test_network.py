@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import builders
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from builders import EGO_FROM_LIDAR, tiny_sparsefusion
 from numpy.testing import assert_allclose, assert_array_equal
 
+from perception.decode import decode_cloud
 from perception.errors import DataError
 from perception.geometry import transform_boxes
 from perception.networks.sparsefusion import SparseFusion
@@ -93,6 +95,29 @@ def test_no_point_in_range_predicts_nothing(modality: str, xyz: np.ndarray):
     cloud = PointCloud(xyz.astype(np.float32), {"intensity": np.zeros(len(xyz))}, EGO_FROM_LIDAR, 0)
     boxes = network(modality=modality).predict(sample(lidars={"top": cloud}, stamp_ns=3))
     assert len(boxes) == 0 and boxes.stamp_ns == 3 and boxes.classes == builders.CLASSES
+
+
+def test_points_that_are_not_numbers_are_dropped_and_counted():
+    """As messages bring them, in coordinates and in intensity: the boxes are those of the other points."""
+    net, clean = network(), sample()
+    cloud = clean.lidars["top"]
+    points = np.column_stack([cloud.xyz, cloud.field("intensity")])
+    bad = np.full((3, 4), 1.0, np.float32)
+    bad[0, 0], bad[1, 2], bad[2, 3] = np.nan, np.inf, np.nan
+    points = np.insert(points, [0, 100, 400], bad, axis=0).astype("<f4")
+    fields = [
+        SimpleNamespace(name=n, offset=4 * i, datatype=7, count=1) for i, n in enumerate(("x", "y", "z", "intensity"))
+    ]
+    message = SimpleNamespace(
+        header=SimpleNamespace(stamp=SimpleNamespace(sec=0, nanosec=0), frame_id="lidar_top"), height=1,
+        width=len(points), point_step=16, row_step=16 * len(points), fields=fields, data=points.tobytes(),
+        is_bigendian=False,
+    )  # fmt: skip
+    decoded = decode_cloud(message, EGO_FROM_LIDAR)
+    assert decoded.dropped_nonfinite == 3 and len(decoded.cloud) == 400
+    assert_same(net.predict(replace(clean, lidars={"top": decoded.cloud})), net.predict(clean), 0)
+    with pytest.raises(ValueError, match=r"PointCloud.xyz: 1 of 1203 values are not finite"):
+        replace(cloud, xyz=np.concatenate([cloud.xyz, bad[:1, :3]]), fields={})
 
 
 def test_nothing_is_taken_from_a_missing_camera():
