@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+settings.register_profile("tests", deadline=None)  # how long an example takes tells of the machine's load
+settings.load_profile("tests")
 
 
 def _folder(variable: str, default: str) -> Path:

@@ -25,7 +25,7 @@ def pixels(xyz_ego: np.ndarray, image: CameraImage) -> tuple[np.ndarray, np.ndar
     return project(image.ego_from_camera.inverse().apply(xyz_ego), image.intrinsic)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(worlds)
 def test_points_keep_their_boxes_and_boxes_their_corners(world):
     truth = boxes()
@@ -40,7 +40,7 @@ def test_points_keep_their_boxes_and_boxes_their_corners(world):
     np.testing.assert_allclose(np.sort(box_corners(moved_boxes), axis=1), expected, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(worlds, st.floats(0.6, 1.6), st.floats(0, 1), st.floats(0, 1))
 def test_every_point_stays_on_its_pixel(world, zoom, crop_x, crop_y):
     image = replace(camera(), ego_from_camera=TILTED)
@@ -58,7 +58,7 @@ def test_every_point_stays_on_its_pixel(world, zoom, crop_x, crop_y):
     np.testing.assert_allclose(pixels(world.apply(points), zoomed)[0], zoom * (after + 0.5) - 0.5 - cut, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(worlds)
 def test_velocities_turn_and_scale_with_the_world(world):
     truth = boxes(velocity=(3.0, -4.0))

@@ -113,7 +113,7 @@ def test_gaps_padded_rows_and_big_endian():
         assert got.field("t64").flags.c_contiguous
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.sampled_from(sorted(KINDS)), min_size=3, max_size=8),
     st.integers(0, 20),

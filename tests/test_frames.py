@@ -93,7 +93,7 @@ def test_lookup_across_time_goes_through_the_fixed_frame():
     assert_same(frames.lookup_across("lidar_top", 13 * SECOND, "camera_front", 11 * SECOND, "odom"), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(range(8)), st.integers(0, 7 * SECOND))
 def test_the_order_of_insertion_does_not_matter(order, stamp_ns):
     sorted_in, shuffled = FrameTree(), FrameTree()

@@ -39,7 +39,6 @@ def as_polygons(b: Boxes3D) -> list:
 # --- Angles and poses -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.floats(-100, 100))
 def test_a_wrapped_angle_is_the_same_angle(angle):
     wrapped = float(geometry.wrap_angle(angle))
@@ -52,7 +51,6 @@ def test_half_a_turn_wraps_to_plus_pi():
     np.testing.assert_allclose(geometry.wrap_angle(np.array([np.pi, -np.pi, 3 * np.pi, 0])), [np.pi, np.pi, np.pi, 0])
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(0, 1))
 def test_interpolation_turns_evenly_about_one_axis(seed, fraction):
     rng = np.random.default_rng(seed)
@@ -66,7 +64,6 @@ def test_interpolation_turns_evenly_about_one_axis(seed, fraction):
     )
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([0.0, 1e-12, 1e-9, 1e-6, 0.1, 2.0, np.pi - 1e-6]), st.booleans())
 def test_slerp_agrees_with_scipy_at_any_angle_and_sign(seed, angle, flipped):
     rng = np.random.default_rng(seed)
@@ -108,7 +105,6 @@ def test_edges_are_the_twelve_pairs_of_corners_that_differ_along_one_axis():
     assert (corners[[0, 3, 7, 4], 0] == 2).all()  # the front face
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(-10, 10), st.floats(-50, 50))
 def test_boxes_move_as_their_corners_do(seed, yaw, shift):
     b, pose = random_boxes(4, seed), Pose.from_yaw(yaw, (shift, -shift, 3))
@@ -144,7 +140,7 @@ def test_points_on_the_faces_are_inside():
     assert geometry.points_in_boxes(xyz, boxes()).shape == (0, 6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_points_in_boxes_agree_with_shapely(seed):
     shapely = pytest.importorskip("shapely")
@@ -169,7 +165,6 @@ def test_projection_by_hand():
     np.testing.assert_array_equal(depth, [5, 2, 0, -1])
 
 
-@settings(deadline=None)
 @given(st.floats(-0.4, 89.4), st.floats(-0.4, 69.4), st.floats(0.1, 200))
 def test_a_pixels_ray_projects_back_to_it(u, v, depth):
     ray = np.linalg.inv(K) @ [u, v, 1]
@@ -208,7 +203,7 @@ def test_areas_that_can_be_computed_by_hand(a, b, area):
     np.testing.assert_allclose(geometry.bev_intersection(boxes(a), boxes(b)), [[area]], atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000))
 def test_areas_agree_with_shapely(seed):
     a, b = random_boxes(6, seed), random_boxes(5, seed + 1)
@@ -219,7 +214,7 @@ def test_areas_agree_with_shapely(seed):
     np.testing.assert_allclose(geometry.bev_iou(a, b), np.array(theirs) / union, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 1e-9, 1e-7, np.pi / 2, np.pi]), st.booleans())
 def test_boxes_that_share_edges_lines_or_corners(seed, turn, grid):
     """Where clipping is degenerate: the same box turned by nearly a multiple of a quarter, on whole metres."""
@@ -270,7 +265,7 @@ def test_a_suppressed_box_suppresses_nothing():
     assert geometry.rotated_nms(boxes(), 0.5).shape == (0,)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 0.1, 0.5]))
 def test_suppression_is_the_greedy_loop(seed, threshold):
     b = random_boxes(8, seed)

@@ -239,7 +239,7 @@ SENSORS = ("lidar", "camera", "radar")
 arrivals = st.lists(st.tuples(st.sampled_from(SENSORS), st.integers(0, 4000)), max_size=80)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(arrivals, st.sampled_from([0.0, 0.05, 0.3]), st.booleans(), st.sampled_from([0.0, 0.2]))
 def test_every_message_is_accounted_for(messages, wait_s, required, sweeps_s):
     sync = Synchronizer(config(wait_s, camera={"required": required}, radar={"sweeps_s": sweeps_s, "offset_s": 0.03}))
@@ -262,7 +262,7 @@ def test_every_message_is_accounted_for(messages, wait_s, required, sweeps_s):
 stamps = st.lists(st.integers(0, 400), unique=True, max_size=12).map(sorted)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(stamps, stamps, st.randoms(use_true_random=False))
 def test_with_a_long_enough_wait_the_order_of_arrival_does_not_matter(lidar, camera, random):
     """However two sensors' messages interleave, the sets are those of an oracle that sees all of them."""

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
@@ -37,7 +37,6 @@ poses = st.builds(Pose.from_quaternion, quaternions, st.tuples(metres, metres, m
 # --- Pose -------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(poses, poses, poses)
 def test_poses_form_a_group(a, b, c):
     np.testing.assert_allclose(((a @ b) @ c).matrix, (a @ (b @ c)).matrix, atol=1e-7)
@@ -46,7 +45,6 @@ def test_poses_form_a_group(a, b, c):
     np.testing.assert_array_equal((a @ Pose.identity()).matrix, a.matrix)
 
 
-@settings(deadline=None)
 @given(poses, poses)
 def test_a_product_applies_right_to_left(a, b):
     points = np.array([[1.0, 2, 3], [-4, 5, -6]])
@@ -54,7 +52,6 @@ def test_a_product_applies_right_to_left(a, b):
     np.testing.assert_allclose(a.inverse().apply(a.apply(points)), points, atol=1e-7)
 
 
-@settings(deadline=None)
 @given(quaternions)
 def test_quaternions_agree_with_scipy_and_come_back(xyzw):
     pose, theirs = Pose.from_quaternion(xyzw), Rotation.from_quat(xyzw)

@@ -67,7 +67,7 @@ def assert_hard_equal(got, expected) -> None:
     assert (got.outside, got.points_dropped, got.voxels_dropped) == (outside, dropped, refused)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 300), st.integers(0, 1000), st.integers(1, 5), st.integers(1, 150), st.booleans())
 def test_hard_voxels_are_those_of_the_sequential_loop(n, seed, max_points, max_voxels, stop):
     points = random_points(n, seed)
@@ -112,7 +112,7 @@ def test_the_full_nuscenes_grid_against_the_loop():
     assert_hard_equal(hard_voxels(points, NUSCENES, 10, 1200), hard_by_loop(points, NUSCENES, 10, 1200))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 300), st.integers(0, 1000))
 def test_mean_voxels_are_the_means_of_their_points(n, seed):
     points = random_points(n, seed)

@@ -90,7 +90,7 @@ def test_a_truncated_radar_file_is_named(tmp_path: Path):
         read_radar(radar_file(tmp_path, huge))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 40), st.integers(0, 2**32 - 1))
 def test_radar_comes_back_and_the_devkit_agrees(tmp_path_factory: pytest.TempPathFactory, n: int, seed: int):
     from nuscenes.utils.data_classes import RadarPointCloud

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -118,7 +118,6 @@ def _pool_plainly(label, factor):
     return pooled
 
 
-@settings(deadline=None)
 @given(
     hnp.arrays(np.uint8, (8, 8, 8), elements=st.sampled_from([0, 1, 2, 19, IGNORE_LABEL])), st.sampled_from([2, 4, 8])
 )

@@ -83,7 +83,7 @@ def test_meta_and_samples_without_boxes_are_there(tmp_path):
     assert len(results.boxes("a", Pose.identity(), 0)) == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(*[st.floats(-50, 50)] * 3, st.floats(-3.1, 3.1), *[st.floats(-9, 9)] * 2), max_size=5),
     st.floats(-3.1, 3.1),

@@ -68,7 +68,7 @@ numbers = st.floats(-20, 20)
 angles = st.floats(-3, 3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(numbers, numbers, numbers, angles, angles, numbers, numbers)
 def test_errors_do_not_depend_on_where_the_vehicle_is(lon, lat, up, yaw, heading, x, y):
     truth = Pose.from_yaw(heading, (x, y, 1.0))

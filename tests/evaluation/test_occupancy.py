@@ -189,7 +189,7 @@ def test_the_rules_fit_the_truths_that_are_read(benchmark, layout):
 labels = st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11) | st.just(255)), min_size=1, max_size=40)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(labels, st.randoms())
 def test_order_of_voxels_does_not_matter_and_scores_are_fractions(pairs, rng: random.Random):
     prediction, truth = zip(*pairs, strict=True)
@@ -203,7 +203,7 @@ def test_order_of_voxels_does_not_matter_and_scores_are_fractions(pairs, rng: ra
         assert score.sc_iou <= min(score.sc_precision, score.sc_recall) + 1e-12 or score.sc_iou == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(labels, min_size=3, max_size=3))
 def test_merging_workers_is_associative_and_equals_one_worker(frames):
     def worker(*some):

@@ -128,8 +128,6 @@ headers = st.builds(
     st.integers(0, 2**31 * 1_000_000_000 - 1),
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=9),
 )
-settings.register_profile("messages", max_examples=25, deadline=None)
-settings.load_profile("messages")
 
 
 class TestCdr:
@@ -157,6 +155,7 @@ class TestCdr:
 
 
 class TestDetections:
+    @settings(max_examples=25)
     @given(headers, st.integers(0, 7), st.integers(0, 9))
     def test_detections(self, header, count, seed):
         boxes = some_boxes(count, seed)
@@ -173,6 +172,7 @@ class TestDetections:
             turned = Pose.from_quaternion(vector(found.pose.orientation, "xyzw"))
             np.testing.assert_allclose(turned.rotation, Pose.from_yaw(boxes.yaw[i]).rotation, atol=1e-12)
 
+    @settings(max_examples=25)
     @given(headers, st.integers(0, 7), st.integers(0, 9))
     def test_vision_detections(self, header, count, seed):
         boxes = some_boxes(count, seed)
@@ -185,6 +185,7 @@ class TestDetections:
             np.testing.assert_array_equal(vector(found.bbox.size), boxes.size[i])
             assert stamp(found.header) == header.stamp_ns
 
+    @settings(max_examples=25)
     @given(headers, st.integers(0, 7), st.integers(0, 9))
     def test_autoware_objects(self, header, count, seed):
         boxes = some_boxes(count, seed)
@@ -211,6 +212,7 @@ def test_packages_that_are_not_installed_by_rclpy():
 
 
 class TestMarkers:
+    @settings(max_examples=25)
     @given(headers, st.integers(0, 6), st.integers(0, 9))
     def test_bytes(self, header, count, seed):
         message = read(markers.markers(some_boxes(count, seed), header), "visualization_msgs/msg/MarkerArray")
@@ -253,6 +255,7 @@ class TestMarkers:
 
 
 class TestOccupancy:
+    @settings(max_examples=25)
     @given(headers, st.tuples(*[st.integers(1, 5)] * 3), st.booleans())
     def test_grid(self, header, shape, score):
         grid = some_occupancy(shape, score=score)
@@ -269,6 +272,7 @@ class TestOccupancy:
         turned = Pose.from_quaternion(vector(message.origin.orientation, "xyzw"))
         np.testing.assert_allclose(turned.rotation, grid.grid.ego_from_grid.rotation, atol=1e-12)
 
+    @settings(max_examples=25)
     @given(headers, st.tuples(*[st.integers(1, 5)] * 3), st.booleans())
     def test_voxel_cloud(self, header, shape, score):
         grid = some_occupancy(shape, score=score)
@@ -313,12 +317,14 @@ class TestLocalization:
     ROOT = RNG.uniform(-1, 1, (6, 6))
     FIX = Localization(Pose.from_yaw(0.7, (9.0, -8.0, 1.0)), ROOT @ ROOT.T, 12, "ok", HEADER.stamp_ns)
 
+    @settings(max_examples=25)
     @given(headers)
     def test_pose(self, header):
         message = read(localization.pose(self.FIX, header), "geometry_msgs/msg/PoseWithCovarianceStamped")
         np.testing.assert_array_equal(vector(message.pose.pose.position), [9.0, -8.0, 1.0])
         np.testing.assert_array_equal(message.pose.covariance.reshape(6, 6), self.FIX.covariance)
 
+    @settings(max_examples=25)
     @given(headers, st.text("ab", max_size=6), st.integers(0, 3))
     def test_odometry(self, header, base, readings):
         turns = np.arange(3.0 * readings).reshape(-1, 3)
@@ -329,6 +335,7 @@ class TestLocalization:
         np.testing.assert_array_equal(vector(message.twist.twist.angular), expected)
         np.testing.assert_array_equal(vector(message.twist.twist.linear), expected + (1 if readings else 0))
 
+    @settings(max_examples=25)
     @given(headers)
     def test_map_to_odom_and_odometry_lead_to_the_fix(self, header):
         odom_from_ego = Pose.from_yaw(-0.2, (100.0, 3.0, 0.5))
@@ -358,6 +365,7 @@ class TestOverlay:
         with pytest.raises(DataError, match="no image of camera 'back'"):
             overlay.overlay(Sample(0, cameras={"front": camera()}), "back")
 
+    @settings(max_examples=25)
     @given(headers, st.integers(1, 9), st.integers(1, 9))
     def test_image(self, header, height, width):
         rgb = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
@@ -365,6 +373,7 @@ class TestOverlay:
         assert (message.height, message.width, message.step, message.encoding) == (height, width, 3 * width, "rgb8")
         np.testing.assert_array_equal(message.data.reshape(rgb.shape), rgb)
 
+    @settings(max_examples=25)
     @given(headers)
     def test_compressed_image(self, header):
         rgb = np.full((16, 24, 3), (200, 90, 20), np.uint8)

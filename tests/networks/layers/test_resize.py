@@ -19,7 +19,7 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(side, side, side, side)
 @example(48, 64, 24, 32)
 def test_integers_blend_as_opencv(height: int, width: int, new_height: int, new_width: int):

@@ -43,7 +43,7 @@ def overlap_rows(boxes: Boxes3D) -> torch.Tensor:
     return torch.cat([torch.from_numpy(boxes.center), rows[:, 3:7]], 1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6))
 def test_overlaps_equal_those_of_polygon_clipping(seed):
     a, b = random_boxes(seed, 6), random_boxes(seed + 1, 5)
@@ -136,7 +136,7 @@ def greedy(center, score, label, radius_squared):
     return out
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(0, 60), st.booleans())
 def test_suppression_equals_the_greedy_loop(seed, count, ties):
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Under autocast geometry stays in float32: products in half precision would move cells by pixels and boxes by metres."""
+"""Under autocast geometry stays in float32: half products would move cells by pixels and boxes by metres."""
 
 from __future__ import annotations
 
