@@ -44,7 +44,8 @@ def _clean_numerics():
     dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_default_dtype(dtype)
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # to set it takes seconds the first time
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

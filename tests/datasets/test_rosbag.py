@@ -772,17 +772,19 @@ def test_a_camera_that_is_calibrated_anew_midway(mcap, tmp_path):
 
 
 def test_an_imu_on_its_side_is_turned_into_ego(mcap, tmp_path):
+    bag = BagFile(mcap)
+
     def turned(m: Logged) -> Logged:
         if m.topic == "/tf_static":
-            message = BagFile(mcap).decode(m.topic, m.raw)
+            message = bag.decode(m.topic, m.raw)
             own = Pose(np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]]), np.zeros(3))
             message.transforms += rosbag_messages.transforms([("base_link", "imu_link", m.log_ns, own)]).transforms
         elif m.topic == "/imu":
-            message = BagFile(mcap).decode(m.topic, m.raw)
+            message = bag.decode(m.topic, m.raw)
             message.header = rosbag_messages.header(m.log_ns, "imu_link")
         else:
             return m
-        return m._replace(raw=bytes(typestore().serialize_cdr(message, BagFile(mcap).topics[m.topic].type)))
+        return m._replace(raw=bytes(typestore().serialize_cdr(message, bag.topics[m.topic].type)))
 
     dataset = opened(edited(mcap, tmp_path / "bag", turned))
     x, y, z = sample(2).imu.linear_acceleration.T
