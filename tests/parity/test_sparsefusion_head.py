@@ -278,11 +278,20 @@ def test_view_transformation_of_stored_queries(kit: Kit, small: Head):
     file, cameras = FILE["small"], calibration(kit, "small", torch.float64)
     image = head_outputs(kit, file).image
     x, logit_center = (kit.tensor(file, name, torch.float64) for name in ("img_feat", "img_logitpos"))
+    x = x.transpose(1, 2)
+    # Logits of shares near 0 or 1 enlarge the rounding of stored inputs without bound: it is sent through.
+    nudged = image._replace(**{n: t * (1 + 2**-24) for n, t in image._asdict().items() if n != "view"})
     with torch.no_grad():
-        x, boxes = small.view_transformation(x.transpose(1, 2), image, logit_center, cameras)
-    kit.assert_close(file, "view_feat", x.transpose(1, 2), rounding=ROUNDING)
+        other, other_boxes = small.view_transformation(x * (1 + 2**-24), nudged, logit_center * (1 + 2**-24), cameras)
+        x, boxes = small.view_transformation(x, image, logit_center, cameras)
+
+    def rounding(a: Tensor, b: Tensor) -> float:
+        return max(ROUNDING, 2 * float((a - b).abs().max()))
+
+    kit.assert_close(file, "view_feat", x.transpose(1, 2), rounding=rounding(x, other))
     for name, field in BOX.items():
-        kit.assert_close(file, f"view_head_{name}_view", getattr(boxes, field), rounding=ROUNDING)
+        value = getattr(boxes, field)
+        kit.assert_close(file, f"view_head_{name}_view", value, rounding=rounding(value, getattr(other_boxes, field)))
 
 
 def test_fusion_of_stored_queries(kit: Kit, small: Head):

@@ -21,6 +21,7 @@ Departures from the released code, none of which moves a box but where said:
 * The depth of the nearest point stays in the depth map, where the released code leaves the choice to the threads.
 * Views are computed together, padded and masked, in training too.
 * A camera may be missing: nothing is taken from it. The released code needs all six.
+* Training neither shuffles points nor pastes objects; a mirrored image keeps its pixels' centres (`augment.py`).
 * The heatmap of the LiDAR alone, and two norms, are in the checkpoints but of no use; they are dropped by name.
 """
 

@@ -11,6 +11,8 @@ from perception.networks.sparsefusion.transformer import BoxHeads, PositionEmbed
 
 
 class Fusion(nn.Module):
+    """Brings the features of both modalities into one space; query and key positions share one embedding."""
+
     def __init__(self, config: SparseFusionConfig) -> None:
         super().__init__()
         self.lidar_projection = Projection(config.channels)

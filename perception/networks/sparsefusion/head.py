@@ -35,7 +35,7 @@ from perception.networks.sparsefusion.decoders import ImageDecoder, PointDecoder
 from perception.networks.sparsefusion.fusion import Fusion
 from perception.networks.sparsefusion.geometric import GeometricTransfer
 from perception.networks.sparsefusion.pyramid import Pyramid, cells, pyramid
-from perception.networks.sparsefusion.semantic import SemanticTransfer, Sight, capacity, look
+from perception.networks.sparsefusion.semantic import SemanticTransfer, Sight, count_visible, look
 from perception.networks.sparsefusion.tensors import BoxPrediction, Calibration, Candidates, ImagePrediction, Outputs
 from perception.networks.sparsefusion.view import ViewTransformation
 
@@ -71,6 +71,8 @@ class ImageDetections(NamedTuple):
 
 
 class Head(nn.Module):
+    """See the module. Its parts, and so its parameters, are those of the configuration's modality."""
+
     def __init__(self, config: SparseFusionConfig) -> None:
         super().__init__()
         self.config = config
@@ -158,7 +160,7 @@ class Head(nn.Module):
             return image.into(outputs)
         bev = self.bev_map(lidar_features)
         sight = self.look(height_min, height_max, calibration)
-        enhanced = self.semantic(bev, images, sight, visible_cells or capacity(sight))
+        enhanced = self.semantic(bev, images, sight, visible_cells or count_visible(sight))
         lidar = self.detect_in_lidar(bev, self.lidar_heatmap(enhanced))
         return lidar.into(image.into(outputs))._replace(fusion=self.fuse(lidar, image, calibration))
 
@@ -167,7 +169,7 @@ class Head(nn.Module):
 
         To run `forward` without waiting (in a CUDA graph, say) ask before and give it the answer.
         """
-        return capacity(self.look(height_min, height_max, calibration))
+        return count_visible(self.look(height_min, height_max, calibration))
 
     def look(self, height_min: Tensor | None, height_max: Tensor | None, calibration: Calibration) -> Sight:
         """The BEV cells in the views."""

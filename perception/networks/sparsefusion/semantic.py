@@ -81,13 +81,15 @@ def look(
     return Sight(reference, depth, visible & calibration.present[..., None])
 
 
-def capacity(sight: Sight) -> int:
-    """Queries that hold every view's visible cells; waits for the device."""
+def count_visible(sight: Sight) -> int:
+    """The most cells that a view sees, rounded up; waits for the device."""
     most = int(sight.visible.sum(-1).max())
     return max(1, -(-most // _STEP)) * _STEP
 
 
 class SemanticTransfer(nn.Module):
+    """Visible cells attend each other and their view's pyramid; see the module."""
+
     def __init__(self, config: SparseFusionConfig) -> None:
         super().__init__()
         self.lidar_projection = Projection(config.channels)
@@ -95,25 +97,25 @@ class SemanticTransfer(nn.Module):
         self.layer = DeformableLayer(config, position_channels=3)
         self.reduce = NormedConv(config.channels + 1, config.channels)
 
-    def forward(self, lidar_features: Tensor, pyramid: Pyramid, sight: Sight, queries: int) -> Tensor:
+    def forward(self, lidar_features: Tensor, pyramid: Pyramid, sight: Sight, visible_cells: int) -> Tensor:
         """(B, C, Y, X) features of LiDAR and images.
 
         Args:
             lidar_features: (B, C, Y, X).
             pyramid: of the images.
             sight: the cells in the views.
-            queries: at least the visible cells of every view, see `capacity`; fewer is an error.
+            visible_cells: as many as any view sees, or more, see `count_visible`; fewer is an error.
         """
         shape = lidar_features.shape[-2:]
         projected = self.lidar_projection(lidar_features.flatten(2).transpose(1, 2))  # (B, N, C)
         pyramid = pyramid._replace(tokens=self.image_projection(pyramid.tokens))
-        query = self.queries(projected, pyramid, sight, queries)
+        query = self.queries(projected, pyramid, sight, visible_cells)
         seen = self.attend(query, pyramid)
         return self.reduce(scatter(seen, query.cell, projected).unflatten(2, shape))
 
-    def queries(self, projected: Tensor, pyramid: Pyramid, sight: Sight, number: int) -> CellQueries:
+    def queries(self, projected: Tensor, pyramid: Pyramid, sight: Sight, visible_cells: int) -> CellQueries:
         """The visible cells of each view, with the strongest of what the levels show there added to their feature."""
-        cell, valid = cells_in_view(sight.visible, number)
+        cell, valid = cells_in_view(sight.visible, visible_cells)
         index, padding = cell.clamp(max=projected.shape[1] - 1), ~valid
         reference = pick(sight.reference.flatten(0, 1), index).masked_fill(padding[..., None], 0)
         depth = sight.depth.flatten(0, 1).gather(1, index).masked_fill(padding, 1)

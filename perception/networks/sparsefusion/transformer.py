@@ -32,6 +32,8 @@ class PositionEmbedding(nn.Sequential):
 
 
 class FeedForward(nn.Sequential):
+    """Linear, ReLU, linear of each query's features (B, N, C)."""
+
     def __init__(self, config: SparseFusionConfig) -> None:
         channels, hidden = config.channels, config.feedforward_channels
         super().__init__(

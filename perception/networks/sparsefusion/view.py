@@ -89,6 +89,8 @@ class CameraGate(nn.Module):
 
 
 class ViewTransformation(nn.Module):
+    """Gates camera candidates by their camera, and lets those of all views attend each other in LiDAR space."""
+
     def __init__(self, config: SparseFusionConfig) -> None:
         super().__init__()
         channels = config.channels

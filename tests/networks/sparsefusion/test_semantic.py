@@ -8,7 +8,7 @@ from networks.sparsefusion.rig import VIEWS, ring, small_config
 
 from perception.networks.sparsefusion.head import Head
 from perception.networks.sparsefusion.pyramid import inverse_3x3, inverse_sigmoid, pyramid
-from perception.networks.sparsefusion.semantic import capacity, cells_in_view, look, sample, scatter
+from perception.networks.sparsefusion.semantic import cells_in_view, count_visible, look, sample, scatter
 
 CONFIG = small_config()
 CANVAS = CONFIG.image.canvas_px
@@ -53,7 +53,7 @@ def test_visibility_ends_where_the_image_does_and_is_none_of_a_missing_camera():
     present[0, 4] = False
     seen = look(filled, filled, calibration._replace(present=present), CONFIG.lidar, CANVAS)
     assert not seen.visible[0, 4].any() and (seen.visible[0, 3] == everywhere.visible[0, 3]).all()
-    assert capacity(seen) % 256 == 0 and capacity(seen) >= seen.visible.sum(-1).max()
+    assert count_visible(seen) % 256 == 0 and count_visible(seen) >= seen.visible.sum(-1).max()
 
 
 def test_cells_in_view_are_in_order_and_padded():
@@ -89,7 +89,7 @@ def test_cells_seen_by_no_camera_keep_their_lidar_feature():
     filled = torch.zeros(1, ROWS, COLUMNS).double()
     bev = torch.randn(1, 32, ROWS, COLUMNS).double()
     sight = head.look(filled, filled, calibration)
-    out = head.semantic(bev, pyramid(levels, calibration), sight, capacity(sight))
+    out = head.semantic(bev, pyramid(levels, calibration), sight, count_visible(sight))
     projected = head.semantic.lidar_projection(bev.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(bev)
     torch.testing.assert_close(out, head.semantic.reduce(torch.cat((projected, torch.zeros_like(bev[:, :1])), 1)))
 
