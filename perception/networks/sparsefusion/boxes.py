@@ -140,16 +140,22 @@ def suppressed(center: Array, score: Array, label: Array, radius_squared: Array)
         label: (Q,) int.
         radius_squared: (C,) m^2 of each class; below 0 a class is left as it is.
     """
-    distance_squared = ((center[:, None] - center[None]) ** 2).sum(-1)
-    near = (distance_squared <= radius_squared[label]) & (label[:, None] == label[None])
-    beats = near & (score[:, None] > score[None])
-    stays = np.ones(len(center), bool)
-    # Whether a box stays depends on better ones alone: each round settles at least the best ones not yet settled.
-    while True:
-        stays_now = ~beats[stays].any(0)
-        if np.array_equal(stays_now, stays):
-            return ~stays
-        stays = stays_now
+    out = np.zeros(len(center), bool)
+    for kind in np.flatnonzero(radius_squared >= 0):  # class by class: tables of all pairs are small then
+        at = np.flatnonzero(label == kind)
+        dx, dy = (axis[:, None] - axis for axis in center[at].T)
+        near = dx * dx + dy * dy <= radius_squared[kind]
+        better, worse = np.nonzero(near & (score[at][:, None] > score[at]))
+        stays = np.ones(len(at), bool)
+        # Whether a box stays depends on better ones alone: each round settles at least the best ones not yet settled.
+        while True:
+            stays_now = np.ones(len(at), bool)
+            stays_now[worse[stays[better]]] = False
+            if np.array_equal(stays_now, stays):
+                break
+            stays = stays_now
+        out[at] = ~stays
+    return out
 
 
 def _network_boxes(rows: Array, classes: tuple[str, ...], stamp_ns: int) -> Boxes3D:
