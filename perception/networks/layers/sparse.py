@@ -20,7 +20,8 @@ Facts of the format:
 
 Backends: `torch` (any device and dtype, deterministic: the oracle, and the default on the CPU), `triton` (CUDA, no
 gradients: the fast one for inference) and `spconv` (float32 and float16 on CUDA, fast in training). On CUDA `auto`
-takes spconv where it is installed and fits, unless `torch.use_deterministic_algorithms` is on.
+takes triton while gradients are off, else spconv, each where it is installed and fits, unless
+`torch.use_deterministic_algorithms` is on.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
     if backend == "auto":
         if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
             return "torch"
+        if not torch.is_grad_enabled() and dtype in sparse_triton.DTYPES and sparse_triton.installed():
+            return "triton"
         suits = dtype in (torch.float32, torch.float16) and sparse_spconv.installed_for_cuda()
         return "spconv" if suits else "torch"
     if backend not in BACKENDS:

@@ -98,6 +98,15 @@ def test_a_grid_beyond_the_dense_tables_is_searched(monkeypatch):
 
 
 @pytest.mark.gpu
+def test_auto_takes_triton_while_gradients_are_off():
+    cuda = torch.device("cuda")
+    with torch.no_grad():
+        assert choose_backend("auto", cuda, torch.float16) == "triton"
+        assert choose_backend("auto", cuda, torch.float64) == "torch"
+    assert choose_backend("auto", cuda, torch.float32) != "triton"
+
+
+@pytest.mark.gpu
 def test_gradients_are_refused():
     x = SparseTensor(torch.randn(1, 4, device="cuda"), torch.zeros(1, 4, device="cuda").int(), SHAPE, 1, "triton")
     with pytest.raises(PerceptionError, match=r"no backward pass\n.*torch\.no_grad"):
