@@ -71,6 +71,7 @@ class FastForward:
     def start(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run the image branch beside what comes next on the current stream; `__call__` waits for its levels."""
         self._beside.wait_stream(torch.cuda.current_stream())
+        images.record_stream(self._beside)  # their memory is not used anew before, should nobody wait for the levels
         with torch.cuda.stream(self._beside):
             return self.levels(images)
 
