@@ -168,7 +168,7 @@ def train(
     from perception.training.config import load_train_config
     from perception.training.run import train as run
 
-    done = run(
+    run(
         load_train_config(config, set_ or []),
         folder,
         device,
@@ -176,7 +176,6 @@ def train(
         minutes=minutes,
         report=lambda line: out.print(str(line), soft_wrap=True, highlight=False, markup=False),
     )
-    out.print(f"{'wrote' if done else 'stopped early; wrote'} {folder / 'weights.safetensors'}", soft_wrap=True)
 
 
 @app.command()

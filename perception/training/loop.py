@@ -35,6 +35,7 @@ from perception.training.config import TrainingConfig
 from perception.training.distributed import Place
 from perception.training.optimiser import freeze, make_optimiser, schedule, training_mode
 from perception.types import Needs, Sample, Truth
+from perception.weights import load_state
 
 _AHEAD = 2
 """Batches that are encoded before their turn."""
@@ -87,7 +88,8 @@ class Training:
         config: how.
         place: of this process.
         folder: for checkpoint and logs.
-        resume: go on from the folder's checkpoint; ConfigError where its configuration is another one.
+        resume: go on from the folder's checkpoint; ConfigError where its configuration is another one, DataError where
+            its network is.
         report: called with each line of the log, in the leading process.
     """
 
@@ -197,7 +199,7 @@ class Training:
                 f"{self.place.count} run",
                 "resume with what the training was started with, or name the weights in training.weights",
             )
-        self.network.load_state_dict(there.network)
+        load_state(self.network, there.network, str(self.checkpoint_path))
         self.optimiser.load_state_dict(there.optimiser)
         if self.average is not None:
             self.average.load_state_dict(there.average)

@@ -64,7 +64,9 @@ def train(
         stream = batches(config.training, source, needs, place, training.step)
         done = training.run(stream, minutes)
         if place.leads:
-            write_weights(folder / "weights.safetensors", training.weights, config.predictor, torch.float16)
+            path = folder / "weights.safetensors"
+            write_weights(path, training.weights, config.predictor, torch.float16)
+            tell(f"wrote {path}" if done else f"stopped early; wrote {path}")
         return done
 
 

@@ -123,6 +123,8 @@ def test_failures_say_what_and_where(tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint.pt: of another configuration"):
         start(tmp_path, config(3, batch_size=4), resume=True)
     start(tmp_path, config(3, log_every=2), resume=True)  # how often to write may differ
+    with pytest.raises(DataError, match=r"checkpoint.pt does not fit the network: .* unexpected: norm.weight"):
+        start(tmp_path, config(3), resume=True, normalised=False)
     with pytest.raises(DataError, match=r"nowhere.checkpoint.pt: No such file.*\n.*without --resume"):
         start(tmp_path / "nowhere", config(3), resume=True)
     path = tmp_path / "checkpoint.pt"
