@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from perception.errors import PerceptionError
-from perception.geometry import slerp
+from perception.geometry import interpolate_pose, slerp
 from perception.types import Array, Pose
 
 FrameReason = Literal[
@@ -105,16 +105,13 @@ class FrameTree:
         Raises:
             FrameError: a frame is unknown, the two are not connected, or the stamp is outside what a buffer covers.
         """
-        with self._lock:
-            to_dst, to_src, ancestor = self._paths(dst, src)
-            dst_rotation, dst_translation = self._ascend_at(to_dst, ancestor, stamp_ns)
-            src_rotation, src_translation = self._ascend_at(to_src, ancestor, stamp_ns)
-        back = dst_rotation.T
-        return Pose(back @ src_rotation, back @ (src_translation - dst_translation))
+        return Pose(*self._at(dst, src, stamp_ns))
 
     def lookup_across(self, dst: str, dst_stamp_ns: int, src: str, src_stamp_ns: int, fixed: str) -> Pose:
         """`dst` at one stamp from `src` at another, through a frame that does not move meanwhile (`odom`)."""
-        return self.lookup(dst, fixed, dst_stamp_ns) @ self.lookup(fixed, src, src_stamp_ns)
+        rotation, translation = self._at(dst, fixed, dst_stamp_ns)
+        then_rotation, then_translation = self._at(fixed, src, src_stamp_ns)
+        return Pose(rotation @ then_rotation, rotation @ then_translation + translation)
 
     def poses(self, dst: str, src: str, stamps_ns: Array) -> tuple[Array, Array]:
         """`dst_from_src` at many stamps (T,) int64: rotations (T, 3, 3) and translations (T, 3), float64.
@@ -129,6 +126,15 @@ class FrameTree:
         dst_from_ancestor = dst_rotation.transpose(0, 2, 1)
         offset = src_translation - dst_translation
         return dst_from_ancestor @ src_rotation, (dst_from_ancestor @ offset[..., None])[..., 0]
+
+    def _at(self, dst: str, src: str, stamp_ns: int) -> tuple[Array, Array]:
+        """`dst_from_src` at a stamp: rotation (3, 3), translation (3,)."""
+        with self._lock:
+            to_dst, to_src, ancestor = self._paths(dst, src)
+            dst_rotation, dst_translation = self._ascend_at(to_dst, ancestor, stamp_ns)
+            src_rotation, src_translation = self._ascend_at(to_src, ancestor, stamp_ns)
+        back = dst_rotation.T
+        return back @ src_rotation, back @ (src_translation - dst_translation)
 
     def _edge(self, parent: str, child: str, timed: bool) -> _Edge:
         """The edge above `child`, made where there is none."""
@@ -194,8 +200,7 @@ class FrameTree:
             if pose is not None:
                 up, shift = pose.rotation, pose.translation
             else:
-                ups, shifts = _interpolate(edge, child, np.array([stamp_ns], np.int64))
-                up, shift = ups[0], shifts[0]
+                up, shift = _interpolate_at(edge, child, stamp_ns)
             rotation, translation = up @ rotation, up @ translation + shift
         return rotation, translation
 
@@ -213,15 +218,30 @@ class FrameTree:
         return rotation, translation
 
 
+def _interpolate_at(edge: _Edge, child: str, stamp_ns: int) -> tuple[Array, Array]:
+    """`parent_from_child` at a stamp between two of the edge's readings: rotation (3, 3), translation (3,)."""
+    _check_covered(edge, child, stamp_ns, stamp_ns)
+    index = bisect_right(edge.stamps_ns, stamp_ns)
+    before_ns, after_ns = edge.stamps_ns[index - 1], edge.stamps_ns[index]
+    pose = interpolate_pose(
+        edge.poses[before_ns], edge.poses[after_ns], (stamp_ns - before_ns) / (after_ns - before_ns)
+    )
+    return pose.rotation, pose.translation
+
+
+def _check_covered(edge: _Edge, child: str, first_ns: int, last_ns: int) -> None:
+    if first_ns < edge.stamps_ns[0]:
+        raise _outside(edge, child, first_ns, "before_buffer", edge.stamps_ns[0] - first_ns)
+    if last_ns > edge.stamps_ns[-1]:
+        raise _outside(edge, child, last_ns, "after_buffer", last_ns - edge.stamps_ns[-1])
+
+
 def _interpolate(edge: _Edge, child: str, stamps_ns: Array) -> tuple[Array, Array]:
     """`parent_from_child` at stamps (T,) within the edge's readings: rotations (T, 3, 3), translations (T, 3)."""
     if not len(stamps_ns):
         return np.zeros((0, 3, 3)), np.zeros((0, 3))
     first, last = int(stamps_ns.min()), int(stamps_ns.max())
-    if first < edge.stamps_ns[0]:
-        raise _outside(edge, child, first, "before_buffer", edge.stamps_ns[0] - first)
-    if last > edge.stamps_ns[-1]:
-        raise _outside(edge, child, last, "after_buffer", last - edge.stamps_ns[-1])
+    _check_covered(edge, child, first, last)
     window = edge.stamps_ns[bisect_right(edge.stamps_ns, first) - 1 : bisect_left(edge.stamps_ns, last) + 1]
     poses = [edge.poses[stamp] for stamp in window]
     if len(window) == 1:

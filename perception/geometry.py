@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from scipy.spatial.transform import Rotation
 
@@ -36,11 +38,33 @@ def slerp(before: Array, after: Array, fraction: Array) -> Array:
     return Rotation.from_quat(weight_before[:, None] * before + weight_after[:, None] * after).as_matrix()
 
 
+def slerp_once(before: Array, after: Array, fraction: float) -> Array:
+    """`slerp` of one rotation (3, 3) between quaternions (4,), in plain floats: numpy takes ten times as long."""
+    b, a = before.tolist(), after.tolist()
+    if sum(p * q for p, q in zip(b, a, strict=True)) < 0:
+        a = [-q for q in a]
+    angle = 2 * math.atan2(math.dist(a, b), math.hypot(*(p + q for p, q in zip(b, a, strict=True))))
+    weight_before, weight_after = 1 - fraction, fraction
+    if angle >= 1e-9:
+        weight_before = math.sin((1 - fraction) * angle) / math.sin(angle)
+        weight_after = math.sin(fraction * angle) / math.sin(angle)
+    mixed = [weight_before * p + weight_after * q for p, q in zip(b, a, strict=True)]
+    norm = math.hypot(*mixed)
+    x, y, z, w = (part / norm for part in mixed)
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
 def interpolate_pose(before: Pose, after: Pose, fraction: float) -> Pose:
     """The pose at `fraction` in [0, 1] between two: linear in translation, spherical-linear in rotation."""
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"interpolate_pose: fraction {fraction} is outside [0, 1]; poses are never extrapolated")
-    rotation = slerp(before.quaternion[None], after.quaternion[None], np.array([fraction]))[0]
+    rotation = slerp_once(before.quaternion, after.quaternion, fraction)
     return Pose(rotation, (1 - fraction) * before.translation + fraction * after.translation)
 
 
