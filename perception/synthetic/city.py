@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -30,8 +30,6 @@ from perception.synthetic.truth import (
 from perception.types import Array, CameraImage, OccupancyGrid3D, PointCloud, Pose, Sample, Truth, VoxelGrid
 
 FIRST_KEY_S = 1.0
-CAMERA_PERIOD_S = 1 / 12
-RADAR_PERIOD_S = 1 / 13
 _VELOCITY_NS = 50_000_000
 
 
@@ -49,6 +47,7 @@ class CityConfig(Config):
     Its street depends on its length in seconds too, not on the rate of its key frames.
 
     `image_size` (width, height): scaled by width from the rig's own, then cropped at the top; None keeps it.
+    `lidar_stride`: of a LiDAR's turns, each n-th is a frame. `shadow_texel_m`: how finely shadows are drawn.
     """
 
     name: Literal["city"] = "city"
@@ -61,6 +60,10 @@ class CityConfig(Config):
     cameras: tuple[str, ...] | None = None
     radars: tuple[str, ...] | None = None
     sweeps: int = Field(1, ge=1, le=20)
+    lidar_stride: int = Field(1, ge=1)
+    camera_hz: float = Field(12.0, gt=0, le=20)
+    radar_hz: float = Field(13.0, gt=0, le=20)
+    shadow_texel_m: float = Field(0.125, gt=0)
     taxonomy: Literal["nuscenes", "semantickitti", "omnihd"] = "nuscenes"
     occupancy: GridConfig | None = GridConfig()
     periodic_furniture: bool = False
@@ -80,10 +83,15 @@ class _Measured:
 
 
 class City:
-    """Implements perception.types.Dataset; samples are made when asked for, the same ones every time on one device."""
+    """Implements perception.types.Dataset; samples are made when asked for, the same ones every time on one device.
 
-    def __init__(self, config: CityConfig) -> None:
+    Args:
+        built: scenes that another process has built, by number.
+    """
+
+    def __init__(self, config: CityConfig, built: Mapping[int, Simulator] | None = None) -> None:
         self.config = config
+        self._built = built or {}
         self.rig = _rig(config)
         self.tokens = [f"{self.name_of(s)}-{k:03d}" for s in range(config.scenes) for k in range(config.key_frames)]
         self._simulator = lru_cache(maxsize=2)(self._build)
@@ -150,30 +158,19 @@ class City:
         Each sample's stamp is its sensor's own, later than `after_ns` and not later than `until_ns`. `cameras` False
         leaves the images out (they take most of the time).
         """
-        sim, clock = self._simulator(scene), self._clock(scene)
-        end = self._last_key_s
-        plan: list[tuple[int, str, int]] = []
-        for i, lidar in enumerate(self.rig.lidars):
-            count = int(end / lidar.period_s + 1e-6)
-            plan += [(clock.stamp(k * lidar.period_s), "lidar", i) for k in range(int(0.5 / lidar.period_s), count + 1)]
-        for i in range(len(self.rig.cameras) if cameras else 0):
-            offset = FIRST_KEY_S - self._camera_lag(self.rig.cameras[i])
-            count = round((end - FIRST_KEY_S) / CAMERA_PERIOD_S)
-            plan += [(clock.stamp(offset + k * CAMERA_PERIOD_S), "camera", i) for k in range(count + 1)]
-        for i in range(len(self.rig.radars)):
-            ticks = range(int(0.5 / RADAR_PERIOD_S), int(end / RADAR_PERIOD_S) + 1)
-            plan += [(clock.stamp(k * RADAR_PERIOD_S + _radar_phase(i)), "radar", i) for k in ticks
-                     if k * RADAR_PERIOD_S + _radar_phase(i) <= end]  # fmt: skip
-        for stamp, kind, i in sorted(p for p in plan if after_ns < p[0] <= until_ns):
+        sim = self._simulator(scene)
+        images = lru_cache(maxsize=2)(partial(self._images, scene))
+        radars = lru_cache(maxsize=2)(partial(self._radars, scene))
+        for stamp, kind, i, tick in sorted(p for p in self._plan(scene, cameras) if after_ns < p[0] <= until_ns):
             if kind == "lidar":
                 lidar = self.rig.lidars[i]
                 yield Sample(stamp, lidars={lidar.role: sim.scan(lidar, [[stamp]], [stamp])[0][0].cloud})
             elif kind == "camera":
-                camera = self.rig.cameras[i]
-                yield Sample(stamp, cameras={camera.role: sim.expose([camera], [[stamp]], [stamp])[0][camera.role][0]})
+                role = self.rig.cameras[i].role
+                yield Sample(stamp, cameras={role: images(tick)[role]})
             else:
-                radar = self.rig.radars[i]
-                yield Sample(stamp, radars=sim.detect([radar], [[stamp]], [stamp])[0])
+                role = self.rig.radars[i].role
+                yield Sample(stamp, radars={role: radars(tick)[role]})
 
     def truth_of_sweep(self, scene: int, sweep: Sample) -> Truth:
         """Boxes and occupancy at the stamp of a LiDAR sweep that `frames` gave, no key frame; seen by that sweep alone.
@@ -188,6 +185,42 @@ class City:
             found = occupancy_truth(self._labels_at(sim, stamp, grid), grid, self.config.taxonomy, stamp, {})
         return Truth(boxes(sim, stamp, around, list(sweep.lidars.values()), [], None), found)
 
+    def _plan(self, scene: int, cameras: bool) -> Iterator[tuple[int, str, int, int]]:
+        """(stamp, kind, which sensor of it, tick) of every sensor frame."""
+        end, first_s = self._last_key_s, FIRST_KEY_S / 2
+        for i, lidar in enumerate(self.rig.lidars):
+            key = round(FIRST_KEY_S / lidar.period_s)
+            for turn in range(int(first_s / lidar.period_s), int(end / lidar.period_s + 1e-6) + 1):
+                if (turn - key) % self.config.lidar_stride == 0:
+                    yield self._clock(scene).stamp(turn * lidar.period_s), "lidar", i, turn
+        for tick in range(int((end - FIRST_KEY_S) * self.config.camera_hz + 1e-6) + 1) if cameras else ():
+            for i, stamp in enumerate(self._camera_stamps(scene, tick)):
+                yield stamp, "camera", i, tick
+        for tick in range(int(first_s * self.config.radar_hz), int(end * self.config.radar_hz) + 1):
+            for i, stamp in enumerate(self._radar_stamps(scene, tick)):
+                if stamp <= self._clock(scene).stamp(end):
+                    yield stamp, "radar", i, tick
+
+    def _camera_stamps(self, scene: int, tick: int) -> list[int]:
+        """When the cameras expose for the n-th time; the first time belongs to the first key frame."""
+        t_s = FIRST_KEY_S + tick / self.config.camera_hz
+        return [self._clock(scene).stamp(t_s - self._camera_lag(camera)) for camera in self.rig.cameras]
+
+    def _radar_stamps(self, scene: int, tick: int) -> list[int]:
+        t_s = tick / self.config.radar_hz
+        return [self._clock(scene).stamp(t_s + _radar_phase(i)) for i in range(len(self.rig.radars))]
+
+    def _images(self, scene: int, tick: int) -> dict[str, CameraImage]:
+        """Of all cameras at their own stamps. They share their shadows, as those of a key frame do."""
+        stamps = self._camera_stamps(scene, tick)
+        found = self._simulator(scene).expose(self.rig.cameras, [stamps], [stamps[0]])[0]
+        return {c.role: replace(found[c.role][0], ego_from_camera=c.ego_from_camera) for c in self.rig.cameras}
+
+    def _radars(self, scene: int, tick: int) -> dict[str, PointCloud]:
+        stamps = self._radar_stamps(scene, tick)
+        found = self._simulator(scene).detect(self.rig.radars, [stamps], [stamps[0]])[0]
+        return {r.role: replace(found[r.role], ego_from_sensor=r.ego_from_radar) for r in self.rig.radars}
+
     def _clock(self, scene: int) -> Clock:
         return Clock((1_600_000_000 + 1000 * (self.config.seed + scene)) * 1_000_000_000)
 
@@ -201,6 +234,8 @@ class City:
 
     def _build(self, scene: int) -> Simulator:
         config = self.config
+        if scene in self._built:
+            return self._built[scene]
         town = Scene.build(config.seed + scene, self._last_key_s + 1.0, config.periodic_furniture)
         return Simulator(
             town,
@@ -210,6 +245,7 @@ class City:
             config.seed + scene,
             weather_of(config.faults),
             config.supersample,
+            config.shadow_texel_m,
         )
 
     def _with_faults(self, index: int, sample: Sample) -> Sample:
@@ -302,8 +338,8 @@ class City:
     def _radar_stamp(self, scene: int, stamp: int, i: int) -> int:
         """The last frame of radar i before a stamp."""
         clock = self._clock(scene)
-        tick = int((clock.seconds(stamp) - _radar_phase(i)) / RADAR_PERIOD_S)
-        return clock.stamp(tick * RADAR_PERIOD_S + _radar_phase(i))
+        tick = int((clock.seconds(stamp) - _radar_phase(i)) * self.config.radar_hz)
+        return self._radar_stamps(scene, tick)[i]
 
 
 def _radar_phase(i: int) -> float:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -47,7 +50,9 @@ class ExportConfig(Config):
         key_frames: of a scene, 2 Hz (10 Hz in SemanticKITTI).
         seed: of the first training scene.
         image_size: (width, height) of the cameras; SemanticKITTI's is its rig's own.
-        sweeps: images between key frames as well (12 Hz); a bag always has them. LiDAR and radar always are whole.
+        sweeps: images between key frames as well; a bag always has them. LiDAR and radar always are whole.
+        lidar_stride, camera_hz, radar_hz, shadow_texel_m: as in CityConfig.
+        grid: of a bag's occupancy.
         occupancy: layouts of nuScenes occupancy written beside the tables.
         device: where the sensors are simulated.
         workers: processes that simulate, on a CPU; 0 is one a core. A GPU is used by this process alone.
@@ -60,6 +65,11 @@ class ExportConfig(Config):
     seed: int = Field(0, ge=0, lt=VALIDATION_SEED)
     image_size: tuple[int, int] = (800, 450)
     sweeps: bool = False
+    lidar_stride: int = 1
+    camera_hz: float = 12.0
+    radar_hz: float = 13.0
+    shadow_texel_m: float = 0.125
+    grid: GridConfig = GridConfig()
     occupancy: tuple[OccupancyLayout, ...] = ("occ3d", "openoccupancy", "surroundocc")
     device: str = "cpu"
     workers: int = Field(0, ge=0)
@@ -111,8 +121,12 @@ _RIGS: dict[Layout, dict[str, Any]] = {
 
 def _city_config(config: ExportConfig, seed: int, scenes: int) -> CityConfig:
     """The scenes of a split, simulated with the rig and the names of the layout."""
-    keys = {"seed": seed, "scenes": scenes, "key_frames": config.key_frames, "device": config.device}
-    return CityConfig.model_validate({**keys, "image_size": config.image_size, **_RIGS[config.layout]})
+    same = {name: getattr(config, name) for name in _PASSED_ON}
+    keys = {**same, "seed": seed, "scenes": scenes, "occupancy": config.grid, **_RIGS[config.layout]}
+    return CityConfig.model_validate(keys)
+
+
+_PASSED_ON = ("key_frames", "device", "image_size", "lidar_stride", "camera_hz", "radar_hz", "shadow_texel_m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +136,14 @@ class _Task:
     Attributes:
         sweeps: of which sensors to simulate all frames since the key frame before: no one's, LiDAR and radar, all.
         occupancy: in which layouts of nuScenes.
+        built: the scene's Simulator, pickled; empty where it is still to be built.
     """
 
     city: CityConfig
     index: int
     sweeps: Literal["none", "clouds", "all"] = "none"
     occupancy: tuple[OccupancyLayout, ...] = ()
+    built: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,14 +161,13 @@ def _simulate(task: _Task) -> _KeyFrame:
     city = _open_city(task.city)
     sample, truth = city[task.index], city.truth(task.index)
     occupancy = {layout: _nuscenes_occupancy(city, task.index, layout, sample, truth) for layout in task.occupancy}
-    return _KeyFrame(sample, truth, _simulate_sweeps(task), occupancy)
+    return _KeyFrame(sample, truth, _simulate_sweeps(task, city), occupancy)
 
 
-def _simulate_sweeps(task: _Task) -> list[Sample]:
+def _simulate_sweeps(task: _Task, city: City) -> list[Sample]:
     """The sensor frames later than the key frame before, the key frame's own included."""
     if task.sweeps == "none":
         return []
-    city = _open_city(task.city)
     scene, k = divmod(task.index, task.city.key_frames)
     stamps = city.key_stamps(scene)
     return list(city.frames(scene, task.sweeps == "all", stamps[k - 1] if k else 0, stamps[k]))
@@ -160,10 +175,12 @@ def _simulate_sweeps(task: _Task) -> list[Sample]:
 
 def _simulate_drive(task: _Task) -> list[tuple[Sample, Truth]]:
     """The same with IMU and wheel readings since the LiDAR's last sweep; a fix and the truth with each sweep."""
-    city = _open_city(task.city)
-    simulator, drive = city.simulator(task.index // task.city.key_frames), []
-    frames = _simulate_sweeps(task)
-    last_ns = next(frame.stamp_ns for frame in frames if frame.lidars) - _SWEEP_NS
+    scene = task.index // task.city.key_frames
+    city = City(task.city, {scene: pickle.loads(task.built)})  # noqa: S301 - of this very export
+    simulator, drive = city.simulator(scene), []
+    frames = _simulate_sweeps(task, city)
+    every_ns = round(task.city.lidar_stride * city.rig.lidars[0].period_s * 1e9)
+    last_ns = next(frame.stamp_ns for frame in frames if frame.lidars) - every_ns
     for frame in frames:
         if not frame.lidars:
             drive.append((frame, Truth()))
@@ -176,28 +193,34 @@ def _simulate_drive(task: _Task) -> list[tuple[Sample, Truth]]:
             odometry=simulator.odometry(since, last_ns),
             gnss=simulator.fix(last_ns),
         )
-        drive.append((full, city.truth_of_sweep(task.index // task.city.key_frames, full)))
+        drive.append((full, city.truth_of_sweep(scene, full)))
     return drive
 
-
-_SWEEP_NS = 50_000_000
 
 T = TypeVar("T")
 
 
-def _in_order(config: ExportConfig, simulate: Callable[[_Task], T], tasks: list[_Task]) -> Iterator[T]:
+def _in_order(config: ExportConfig, simulate: Callable[[_Task], T], tasks: Iterable[_Task]) -> Iterator[T]:
     """What `simulate` gives for each task, in order; made ahead by other processes where that helps."""
     workers = 1 if torch.device(config.device).type == "cuda" else config.workers or os.cpu_count() or 1
-    if workers == 1 or len(tasks) == 1:
+    if workers == 1:
         yield from map(simulate, tasks)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = [pool.submit(simulate, task) for task in tasks[: 2 * workers]]
-        for task in [*tasks[2 * workers :], *[None] * len(waiting)]:
-            yield waiting.pop(0).result()
-            if task is not None:  # as many as are taken: key frames wait in memory
-                waiting.append(pool.submit(simulate, task))
+        try:
+            for _ in range(workers):
+                pool.submit(os.getpid)  # they start while the first task is prepared
+            left = iter(tasks)
+            waiting = deque(pool.submit(simulate, task) for task in islice(left, 2 * workers))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(simulate, task) for task in islice(left, 1))  # key frames wait in memory
+        except BaseException:  # interrupted, or not wanted any more: what they are at is not waited for
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
 
 
 def _named(occupancy: OccupancyGrid3D, classes: tuple[str, ...], free_label: int) -> OccupancyGrid3D:
@@ -359,8 +382,13 @@ def _rosbag(config: ExportConfig, cities: Cities, root: Path, advance: Advance) 
 
     count = config.key_frames
     scenes = [(split, city, scene) for split, city in cities.items() for scene in range(city.scenes)]
-    tasks = [_Task(city, scene * count + k, "all") for _, city, scene in scenes for k in range(count)]
-    intervals = _in_order(config, _simulate_drive, tasks)
+
+    def tasks() -> Iterator[_Task]:
+        for _, city, scene in scenes:
+            built = pickle.dumps(_open_city(city).simulator(scene))  # once, not in every process
+            yield from (_Task(city, scene * count + k, "all", built=built) for k in range(count))
+
+    intervals = _in_order(config, _simulate_drive, tasks())
     for split, city, scene in scenes:
         simulator = _open_city(city).simulator(scene)
         with RosbagWriter(root / f"{split}_{scene:03d}") as writer:

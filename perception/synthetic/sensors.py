@@ -214,10 +214,18 @@ class Simulator:
     """Measures one scene with one rig on one device."""
 
     def __init__(
-        self, scene: Scene, rig: Rig, clock: Clock, device: str, seed: int, weather: Weather, supersample: int
+        self,
+        scene: Scene,
+        rig: Rig,
+        clock: Clock,
+        device: str,
+        seed: int,
+        weather: Weather,
+        supersample: int,
+        shadow_texel_m: float,
     ) -> None:
         self.scene, self.rig, self.clock, self.seed, self.weather = scene, rig, clock, seed, weather
-        self.device, self.supersample = torch.device(device), supersample
+        self.device, self.supersample, self.shadow_texel_m = torch.device(device), supersample, shadow_texel_m
         self.chunk = 1 << 17 if self.device.type == "cpu" else 1 << 22
         self.ground = scene.ground.to(self.device)
         self.light = Light.of(scene.style, self.device, max(weather.fog, 0.55 * weather.rain), weather.night)
@@ -361,7 +369,8 @@ class Simulator:
         """
         middles = [self.clock.seconds(group[len(group) // 2]) for group in stamps_ns]
         centers = self._tensor(*(self.scene.ego.pose(t).translation for t in middles))
-        shadows = Shadows.cast(self.scene.solids(middles, self.device), self.light, centers, chunk=self.chunk)
+        solids = self.scene.solids(middles, self.device)
+        shadows = Shadows.cast(solids, self.light, centers, self.shadow_texel_m, chunk=self.chunk)
         views = [(k, spec, s) for k, group in enumerate(stamps_ns) for spec, s in zip(specs, group, strict=True)]
         together, of_one = (1, 1) if self.device.type == "cpu" else (len(views), len(specs))
         images: list[dict[str, tuple[CameraImage, Picture]]] = [{} for _ in stamps_ns]

@@ -128,14 +128,15 @@ class Shadows:
     cover: Tensor
 
     @staticmethod
-    def cast(solids: Solids, light: Light, center: Tensor, reach_m: float = 56.0, chunk: int = 1 << 17) -> Shadows:
-        """Of V views of the solids, around their centers (V, 3)."""
+    def cast(
+        solids: Solids, light: Light, center: Tensor, step: float = 0.125, reach_m: float = 56.0, chunk: int = 1 << 17
+    ) -> Shadows:
+        """Of V views of the solids, around their centers (V, 3); a texel is `step` metres wide, of the plan twice."""
         device = center.device
         side = torch.cross(torch.tensor([0.0, 0.0, 1.0], device=device), light.sun, dim=0)
         side = side / side.norm()
         rotation = torch.stack([side, torch.cross(-light.sun, side, dim=0), -light.sun], 1)
-        step, plan_step = 0.125, 0.25
-        count = int(2 * reach_m / step)
+        plan_step, count = 2 * step, int(2 * reach_m / step)
         corner = center + light.sun * 150 - rotation @ torch.tensor([reach_m, reach_m, 0.0], device=device)
         view = Orthographic(rotation.expand(len(center), -1, -1), corner, step, count, count)
         down = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, -1]], device=device)
