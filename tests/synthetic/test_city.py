@@ -22,6 +22,9 @@ RANGE_M = dict.fromkeys(("car", "truck", "construction_vehicle", "bus", "trailer
     "pedestrian": 40.0, "motorcycle": 40.0, "bicycle": 40.0, "traffic_cone": 30.0, "barrier": 30.0,
 }  # fmt: skip
 SMALL = CityConfig(seed=3, scenes=1, key_frames=6, image_size=(320, 180))
+FAULTY = SMALL.model_copy(
+    update={"cameras": ("front", "back"), "image_size": (160, 90), "radars": (), "occupancy": None}
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,11 @@ def city() -> City:
 @pytest.fixture(scope="module")
 def sample(city: City) -> Sample:
     return city[3]
+
+
+@pytest.fixture(scope="module")
+def clean() -> Sample:
+    return City(FAULTY)[1]
 
 
 def equal(a: Sample, b: Sample) -> bool:
@@ -191,16 +199,15 @@ def test_semantic_map_has_every_kind_on_the_ground(city):
 
 
 def test_frames_come_in_stamp_order_and_hold_the_key_frames(city):
-    small = City(SMALL)
-    end = small.key_stamps(0)[0] + 120_000_000
-    frames = list(itertools.takewhile(lambda f: f.stamp_ns <= end, small.frames(0, cameras=False)))
+    end = city.key_stamps(0)[0] + 120_000_000
+    frames = list(itertools.takewhile(lambda f: f.stamp_ns <= end, city.frames(0, cameras=False)))
     stamps = [f.stamp_ns for f in frames]
     assert stamps == sorted(stamps)
     lidar = [f for f in frames if f.lidars]
     assert np.allclose(np.diff([f.stamp_ns for f in lidar]), 50_000_000)
-    assert small.key_stamps(0)[0] in {f.stamp_ns for f in lidar}
-    key = next(f for f in lidar if f.stamp_ns == small.key_stamps(0)[0])
-    expected = small.simulator(0).scan(small.rig.lidars[0], [[key.stamp_ns]], [key.stamp_ns])[0][0].cloud
+    assert city.key_stamps(0)[0] in {f.stamp_ns for f in lidar}
+    key = next(f for f in lidar if f.stamp_ns == city.key_stamps(0)[0])
+    expected = city.simulator(0).scan(city.rig.lidars[0], [[key.stamp_ns]], [key.stamp_ns])[0][0].cloud
     assert np.array_equal(key.lidars["top"].xyz, expected.xyz)
 
 
@@ -213,12 +220,8 @@ def test_ego_pitches_and_rolls(city):
 @pytest.mark.parametrize(
     "name", ["rain", "fog", "night", "dead_camera", "late_sensor", "calibration_error", "clock_offset"]
 )
-def test_each_fault_changes_the_sample_it_should(name):
-    small = SMALL.model_copy(
-        update={"cameras": ("front", "back"), "image_size": (160, 90), "radars": (), "occupancy": None}
-    )
-    clean = City(small)[1]
-    bad = City(small.model_copy(update={"faults": (Fault(name=name, severity=0.8),)}))[1]
+def test_each_fault_changes_the_sample_it_should(name, clean):
+    bad = City(FAULTY.model_copy(update={"faults": (Fault(name=name, severity=0.8),)}))[1]
     front, was = bad.cameras.get("front"), clean.cameras["front"]
     if name in ("rain", "fog"):
         assert front.rgb.std() < was.rgb.std(), "less contrast"

@@ -105,6 +105,7 @@ def test_the_unmodified_devkit_loads_and_draws_it(nuscenes, tmp_path):
     assert mask.is_on_mask(*pose["translation"][:2])[0]  # ego drives on the drivable surface
 
 
+@pytest.mark.slow
 def test_semantickitti_gives_the_simulated_scan_and_volume_back(tmp_path):
     config = ExportConfig(layout="semantickitti", train=0, val=1, **SMALL)
     export(config, tmp_path)
@@ -144,6 +145,7 @@ def test_the_layout_is_told_from_the_folder(nuscenes):
     assert detect_layout(root)["name"] == "nuscenes"
 
 
+@pytest.mark.slow
 def test_a_bag_holds_every_sensor_and_what_the_vehicle_says_of_itself(tmp_path):
     pytest.importorskip("rosbags", reason="extra bag is not installed")
     from perception.datasets.rosbag import Rosbag, RosbagConfig
