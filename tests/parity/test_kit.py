@@ -67,7 +67,8 @@ def other(kit: Kit, tmp_path: Path) -> Kit:
     rule["exceptions"] = [e for e in rule["exceptions"] if "pts_bbox_head.shared_conv.bias" not in e["keys"]]
     rule["exceptions"].append({"keys": ["pts_bbox_head.shared_conv.bias"], "mul": 3, "add": 0.5})
     (tmp_path / "weights.json").write_text(json.dumps(rule | {"salt": "salt/", "input_prefix": "in:other:"}))
-    text = kit.said("(?s).*")[0].replace('X("lone:query",(1,128,200),1)', 'X("lone:query", (1, 128, 70), 2.5)')
+    query = re.compile(r'X\("lone:query", *\([^)]*\), *[\d.]+\)')
+    text = query.sub('X("lone:query", (1, 128, 70), 2.5)', kit.said("(?s).*")[0])
     text = re.sub(r"gain float32 \[[^]]*\]", "gain float32 [2, 1, 1, 1, 1, 0.5]", text)
     (tmp_path / "weights.md").write_text(text)
     return Kit(tmp_path)
