@@ -90,7 +90,7 @@ class LidarStages:
             self.neck = branch.neck(self.levels)
 
 
-@pytest.fixture(scope="module", params=list(DTYPE))
+@pytest.fixture(scope="module", params=["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def lidar_stages(request: pytest.FixtureRequest, parity_dir) -> tuple[Level, LidarStages]:
     return request.param, LidarStages(Kit(parity_dir / "sparsefusion"), request.param)
 
