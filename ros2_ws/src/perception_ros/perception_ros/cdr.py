@@ -11,8 +11,10 @@ its length (uint32) and its elements; without elements nothing is padded. An arr
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,6 +25,18 @@ ENCAPSULATION = b"\x00\x01\x00\x00"
 """Plain CDR, little endian, no options."""
 
 _SIZE = {"b": 1, "B": 1, "?": 1, "H": 2, "i": 4, "I": 4, "f": 4, "d": 8}
+
+
+@lru_cache(maxsize=512)
+def _packer(kinds: str, start: int) -> struct.Struct:
+    """What packs fields that begin at a position (mod 8), gaps included; `kinds` as in `CdrWriter.record`."""
+    parts, position = ["<"], start
+    for count, kind in re.findall(r"(\d*)([a-zA-Z?])", kinds):
+        each, repeats = (int(count), 1) if kind == "s" else (_SIZE[kind], int(count or 1))
+        gap = -position % (4 if kind == "s" else each)
+        parts.append(f"{gap}x{count}{kind}")
+        position += gap + each * repeats
+    return struct.Struct("".join(parts))
 
 
 class CdrWriter:
@@ -37,10 +51,17 @@ class CdrWriter:
         self._align(_SIZE[kind])
         self._append(struct.pack(f"<{len(values)}{kind}", *values))
 
+    def record(self, kinds: str, *values: float | bytes) -> None:
+        """Fields of fixed size that follow each other, packed at once, which is what many small structs need.
+
+        `kinds` are struct's letters with counts (`B4fI`); `12s` is a block of twelve bytes as in `block`.
+        """
+        self._append(_packer(kinds, self._size % 8).pack(*values))
+
     def string(self, text: str) -> None:
         encoded = text.encode() + b"\0"
-        self.numbers("I", len(encoded))
-        self._append(encoded)
+        gap = -self._size % 4
+        self._append(bytes(gap) + len(encoded).to_bytes(4, "little") + encoded)
 
     def array(self, values: Array) -> None:
         """The elements of an array in C order, without a length; it is not copied until `finish`."""

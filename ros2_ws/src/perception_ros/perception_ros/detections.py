@@ -11,6 +11,8 @@ Where the boxes say nothing of a covariance, ours is empty and the others' are z
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from perception.datasets.rosbag_file import Header
@@ -33,8 +35,18 @@ AUTOWARE_LABELS = {
 }
 """Class name -> autoware_perception_msgs/ObjectClassification; any other name is its UNKNOWN, 0."""
 
-_NO_COVARIANCE = np.zeros((6, 6))
+_NO_COVARIANCE = (0.0,) * 36
 _ORIENTATION_AVAILABLE, _BOUNDING_BOX = 2, 0  # of DetectedObjectKinematics and Shape
+
+_DETECTION = "BfI13d2I"
+"""Of perception_msgs/Detection3D what follows track_id."""
+_VISION = "d43d10d"
+"""Of vision_msgs/Detection3D what follows class_id: score, pose with covariance, bbox."""
+_AUTOWARE_POSE = "fIBf43d?B"
+"""Of DetectedObject: probability, one classification, pose with covariance, which of it is there."""
+_AUTOWARE_TWIST = "42d2?"
+_AUTOWARE_SHAPE = "BI3d"
+"""Type, an empty footprint, dimensions."""
 
 
 def detections(boxes: Boxes3D, header: Header) -> bytes:
@@ -42,16 +54,12 @@ def detections(boxes: Boxes3D, header: Header) -> bytes:
     out = begin(header)
     put_strings(out, boxes.classes)
     out.numbers("I", len(boxes))
-    tracks = boxes.track_id if boxes.track_id is not None else np.full(len(boxes), "")
     velocity = np.concatenate([boxes.velocity, np.where(np.isnan(boxes.velocity[:, :1]), np.nan, 0.0)], 1)
     numbers = np.concatenate([_poses(boxes), boxes.size, velocity], 1)  # (M, 13)
-    for track, label, score, row in zip(tracks, boxes.label, boxes.score, numbers, strict=True):
-        out.string(str(track))
-        out.numbers("B", label)
-        out.numbers("f", score)
-        out.numbers("I", 0)  # class_scores
-        out.numbers("d", *row)
-        out.numbers("I", 0, 0)  # pose_covariance, velocity_covariance
+    for track, label, score, row in _rows(boxes, numbers):
+        out.string(track)
+        # class_scores, pose_covariance and velocity_covariance are empty.
+        out.record(_DETECTION, label, score, 0, *row, 0, 0)
     return out.finish()
 
 
@@ -60,17 +68,12 @@ def vision_detections(boxes: Boxes3D, header: Header) -> bytes:
     out = begin(header)
     same_header = block_of(lambda part: put_header(part, header))
     out.numbers("I", len(boxes))
-    tracks = boxes.track_id if boxes.track_id is not None else np.full(len(boxes), "")
-    for track, label, score, pose, size in zip(
-        tracks, boxes.label, boxes.score, _poses(boxes), boxes.size, strict=True
-    ):
+    for track, label, score, row in _rows(boxes, np.concatenate([_poses(boxes), boxes.size], 1)):
         out.block(same_header)
         out.numbers("I", 1)  # results
         out.string(boxes.classes[label])
-        out.numbers("d", score, *pose)
-        out.array(_NO_COVARIANCE)
-        out.numbers("d", *pose, *size)  # bbox
-        out.string(str(track))
+        out.record(_VISION, score, *row[:7], *_NO_COVARIANCE, *row)
+        out.string(track)
     return out.finish()
 
 
@@ -81,22 +84,13 @@ def autoware_objects(boxes: Boxes3D, header: Header) -> bytes:
     c, s = np.cos(boxes.yaw), np.sin(boxes.yaw)
     vx, vy = boxes.velocity.T
     twist = np.stack([c * vx + s * vy, c * vy - s * vx], 1)  # (M, 2)
-    has_twist = np.isfinite(twist).all(1)
-    for i, pose in enumerate(_poses(boxes)):
-        out.numbers("f", boxes.score[i])
-        out.numbers("I", 1)  # classification
-        out.numbers("B", AUTOWARE_LABELS.get(boxes.classes[boxes.label[i]], 0))
-        out.numbers("f", boxes.score[i])
-        out.numbers("d", *pose)
-        out.array(_NO_COVARIANCE)
-        out.numbers("?", False)  # has_position_covariance
-        out.numbers("B", _ORIENTATION_AVAILABLE)
-        out.numbers("d", *(twist[i] if has_twist[i] else (0.0, 0.0)), 0.0, 0.0, 0.0, 0.0)
-        out.array(_NO_COVARIANCE)
-        out.numbers("?", has_twist[i], False)  # has_twist, has_twist_covariance
-        out.numbers("B", _BOUNDING_BOX)
-        out.numbers("I", 0)  # footprint
-        out.numbers("d", *boxes.size[i])
+    known = np.isfinite(twist).all(1)
+    numbers = np.concatenate([_poses(boxes), np.where(known[:, None], twist, 0.0), boxes.size], 1)  # (M, 12)
+    for has_twist, (_, label, score, row) in zip(known.tolist(), _rows(boxes, numbers), strict=True):
+        classification = 1, AUTOWARE_LABELS.get(boxes.classes[label], 0), score
+        out.record(_AUTOWARE_POSE, score, *classification, *row[:7], *_NO_COVARIANCE, False, _ORIENTATION_AVAILABLE)
+        out.record(_AUTOWARE_TWIST, *row[7:9], 0, 0, 0, 0, *_NO_COVARIANCE, has_twist, False)
+        out.record(_AUTOWARE_SHAPE, _BOUNDING_BOX, 0, *row[9:])
     return out.finish()
 
 
@@ -105,6 +99,12 @@ def put_strings(out: CdrWriter, names: tuple[str, ...]) -> None:
     out.numbers("I", len(names))
     for name in names:
         out.string(name)
+
+
+def _rows(boxes: Boxes3D, numbers: Array) -> Iterator[tuple[str, int, float, list[float]]]:
+    """Track, label, score and a row of numbers of each box, as Python has them: struct packs these fastest."""
+    tracks = [""] * len(boxes) if boxes.track_id is None else boxes.track_id.tolist()
+    return zip(tracks, boxes.label.tolist(), boxes.score.tolist(), numbers.tolist(), strict=True)
 
 
 def _poses(boxes: Boxes3D) -> Array:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 
 from perception.datasets.rosbag_file import Header
 from perception.types import Array, Boxes3D
 from perception.visualize import draw_boxes, draw_velocities, label_colors
-from perception_ros.cdr import CdrWriter, block_of, put_header, put_time
+from perception_ros.cdr import CdrWriter, block_of, put_header
 
 LIFETIME_S = 1.0
 _NO_TURN = (0.0, 0.0, 0.0, 1.0)
+_WHITE = (1.0, 1.0, 1.0, 1.0)
+_NOWHERE = (0.0, 0.0, 0.0)
 _NO_POINTS = np.zeros((0, 3))
+_BODY = "3i10d4fiI?"
+"""Of a Marker what follows its namespace: id, type, action; pose, scale; colour; lifetime, frame_locked."""
 
 
 class _Type(IntEnum):
@@ -41,36 +44,20 @@ def markers(boxes: Boxes3D, header: Header, lifetime_s: float = LIFETIME_S) -> b
         header: of every marker.
         lifetime_s: how long RViz shows them when nothing follows.
     """
-    arrows = draw_velocities(boxes).ends  # (A, 2, 3)
+    arrows = draw_velocities(boxes).ends.astype(np.float64)  # (A, 2, 3)
     out = CdrWriter()
     out.numbers("I", 2 + len(arrows) + len(boxes) if len(boxes) else 1)
-    lifetime_ns = round(lifetime_s * 1e9)
-    _put(out, _Look(_start(header, ""), _Type.ARROW, (0.0, 0.0, 0.0), 0), 0, _DELETE_ALL)
+    lifetime = divmod(round(lifetime_s * 1e9), 1_000_000_000)
+    _put(out, _start(header, ""), _body(0, _Type.ARROW, _NOWHERE, (0, 0), action=_DELETE_ALL))
     if not len(boxes):
         return out.finish()
     edges = draw_boxes(boxes)
     color = np.repeat(_rgba(edges.color), 2, 0)  # a colour a vertex
-    look = _Look(_start(header, "boxes"), _Type.LINE_LIST, (0.08, 0.0, 0.0), lifetime_ns)
-    _put(out, look, 0, points=edges.ends.reshape(-1, 3), colors=color)
-    # Of an arrow between two points: the shaft's diameter, the head's diameter and length.
-    look = _Look(_start(header, "velocities"), _Type.ARROW, (0.12, 0.35, 0.5), lifetime_ns)
-    for i, arrow in enumerate(arrows):
-        _put(out, look, i, points=arrow)
-    look = _Look(_start(header, "labels"), _Type.TEXT_VIEW_FACING, (0.0, 0.0, 0.7), lifetime_ns)
-    tops = boxes.center + [0.0, 0.0, 1.0] * (boxes.size[:, 2:] / 2 + 0.5)
-    rgba = _rgba(label_colors(boxes.classes, boxes.label))
-    for i, (top, label, score) in enumerate(zip(tops.tolist(), boxes.label, boxes.score, strict=True)):
-        _put(out, look, i, position=top, color=rgba[i].tolist(), text=f"{boxes.classes[label]} {score:.2f}")
+    body = _body(0, _Type.LINE_LIST, (0.08, 0.0, 0.0), lifetime)
+    _put(out, _start(header, "boxes"), body, edges.ends.reshape(-1, 3), color)
+    _put_arrows(out, _start(header, "velocities"), arrows, lifetime)
+    _put_labels(out, _start(header, "labels"), boxes, lifetime)
     return out.finish()
-
-
-class _Look(NamedTuple):
-    """What the markers of one namespace share."""
-
-    start: bytes
-    kind: _Type
-    scale: tuple[float, float, float]
-    lifetime_ns: int
 
 
 def _start(header: Header, namespace: str) -> bytes:
@@ -83,30 +70,52 @@ def _start(header: Header, namespace: str) -> bytes:
     return block_of(fill)
 
 
-def _put(
-    out: CdrWriter,
-    look: _Look,
+def _body(
     number: int,
-    action: int = _ADD,
+    kind: _Type,
+    scale: Sequence[float],
+    lifetime: Sequence[int],
     *,
-    position: Sequence[float] = (0.0, 0.0, 0.0),
-    color: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    points: Array = _NO_POINTS,
-    colors: Array = _NO_POINTS,
-    text: str = "",
+    position: Sequence[float] = _NOWHERE,
+    color: Sequence[float] = _WHITE,
+    action: int = _ADD,
+) -> tuple[float, ...]:
+    """Values of `_BODY`; `lifetime` in seconds and nanoseconds."""
+    return number, kind, action, *position, *_NO_TURN, *scale, *color, *lifetime, False
+
+
+def _put(
+    out: CdrWriter, start: bytes, body: Sequence[float], points: Array = _NO_POINTS, colors: Array = _NO_POINTS
 ) -> None:
     """One visualization_msgs/Marker; the fields in the order of its definition."""
-    out.block(look.start)
-    out.numbers("i", number, look.kind, action)
-    out.numbers("d", *position, *_NO_TURN, *look.scale)
-    out.numbers("f", *color)
-    put_time(out, look.lifetime_ns)
-    out.numbers("?", False)  # frame_locked
+    out.block(start)
+    out.record(_BODY, *body)
     out.sequence(points)
     out.sequence(colors)
-    out.block(_NO_TEXTURE)
-    out.string(text)
-    out.block(_NO_MESH)
+    out.block(_NO_TEXTURE_TEXT_MESH)
+
+
+def _put_arrows(out: CdrWriter, start: bytes, arrows: Array, lifetime: Sequence[int]) -> None:
+    """A marker for each of (A, 2, 3) lines: there are many, and each is one record."""
+    kinds = f"{len(start)}s{_BODY}I6dI{len(_NO_TEXTURE_TEXT_MESH)}s"
+    # Of an arrow between two points: the shaft's diameter, the head's diameter and length.
+    scale = (0.12, 0.35, 0.5)
+    for i, ends in enumerate(arrows.reshape(-1, 6).tolist()):
+        body = _body(i, _Type.ARROW, scale, lifetime)
+        out.record(kinds, start, *body, 2, *ends, 0, _NO_TEXTURE_TEXT_MESH)
+
+
+def _put_labels(out: CdrWriter, start: bytes, boxes: Boxes3D, lifetime: Sequence[int]) -> None:
+    """A marker above each box, with the name of its class and its score."""
+    kinds = f"{len(start)}s{_BODY}2I{len(_NO_TEXTURE)}s"
+    tops = boxes.center + [0.0, 0.0, 1.0] * (boxes.size[:, 2:] / 2 + 0.5)
+    colors = _rgba(label_colors(boxes.classes, boxes.label))
+    rows = zip(tops.tolist(), colors.tolist(), boxes.label.tolist(), boxes.score.tolist(), strict=True)
+    for i, (top, color, label, score) in enumerate(rows):
+        body = _body(i, _Type.TEXT_VIEW_FACING, (0.0, 0.0, 0.7), lifetime, position=top, color=color)
+        out.record(kinds, start, *body, 0, 0, _NO_TEXTURE)
+        out.string(f"{boxes.classes[label]} {score:.2f}")
+        out.block(_NO_MESH)
 
 
 def _fill_no_texture(out: CdrWriter) -> None:
@@ -125,7 +134,14 @@ def _fill_no_mesh(out: CdrWriter) -> None:
     out.numbers("?", False)
 
 
-_NO_TEXTURE, _NO_MESH = block_of(_fill_no_texture), block_of(_fill_no_mesh)
+def _fill_none(out: CdrWriter) -> None:
+    """All that follows a marker's points and colours, where there is no text either."""
+    _fill_no_texture(out)
+    out.string("")
+    _fill_no_mesh(out)
+
+
+_NO_TEXTURE, _NO_MESH, _NO_TEXTURE_TEXT_MESH = map(block_of, (_fill_no_texture, _fill_no_mesh, _fill_none))
 
 
 def _rgba(color: Array) -> Array:
