@@ -70,13 +70,15 @@ class Progress(NamedTuple):
     waiting_share: float
     """Of the time, how much was spent waiting for data."""
     memory_gib: float
+    overflows: int
+    """Steps of the whole run so far that were left out, because a gradient was not finite."""
 
     def __str__(self) -> str:
         terms = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
         return (
             f"step {self.step}  loss {sum(self.losses.values()):.3f}  {self.samples_per_s:.1f} samples/s, "
             f"{100 * self.waiting_share:.0f} % waiting  gradient {self.gradient_norm:.2f}  lr x{self.lr_factor:.3g}  "
-            f"{self.memory_gib:.1f} GiB  {terms}"
+            f"{self.memory_gib:.1f} GiB  {terms}" + (f"  {self.overflows} steps left out" if self.overflows else "")
         )
 
 
@@ -104,7 +106,7 @@ class Training:
         report: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.network, self.config, self.place, self.folder, self._report = network, config, place, folder, report
-        self.step = 0
+        self.step, self.overflows = 0, 0
         torch.manual_seed(config.seed + place.rank)  # dropout; the network was initialised by the caller
         freeze(network, config.freeze)
         self.optimiser = make_optimiser(network, config.optimiser)
@@ -174,7 +176,10 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack([term for term in losses.values()]).sum().backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.optimiser.clip_norm)
-        self.optimiser.step()
+        if torch.isfinite(norm):
+            self.optimiser.step()
+        else:  # a product overflowed somewhere; the log counts such steps
+            self.overflows += 1
         if self.average is not None:
             self.average.update_parameters(self.network)
         return losses, norm, factor
@@ -329,6 +334,7 @@ class _Log:
             samples / (now - self._since),
             self._waited / (now - self._since),
             torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
+            training.overflows,
         )
         self._sums, self._steps, self._waited, self._since = None, 0, 0.0, now
         if training.place.leads:

@@ -118,6 +118,30 @@ def test_bfloat16_learns_in_float32_weights(tmp_path):
     assert training.network.head.weight.dtype == torch.float32
 
 
+def test_a_step_whose_gradient_overflows_is_left_out_and_counted(tmp_path):
+    class Overflowing(Centroid):
+        steps = 0
+
+        def loss(self, outputs, targets):
+            self.steps += 1
+            terms = super().loss(outputs, targets)
+            if self.steps == 2:  # a finite loss with an infinite slope
+                terms["x"] = terms["x"] + (outputs.sum() * 0).abs().sqrt()
+            return terms
+
+    seen, weights = [], []
+
+    def report(progress):
+        seen.append(progress.overflows)
+        weights.append(training.network.head.weight.detach().clone())
+
+    training = Training(Overflowing(), config(3), ALONE, tmp_path, report=report)
+    assert run(training)
+    assert seen == [0, 1, 1]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert all(torch.isfinite(value).all() for value in training.weights.values())
+
+
 def test_failures_say_what_and_where(tmp_path):
     run(start(tmp_path, config(3)))
     with pytest.raises(ConfigError, match=r"checkpoint.pt: of another configuration"):
