@@ -42,7 +42,7 @@ class Prepared(NamedTuple):
         sample: without IMU, odometry and GNSS.
         used: channel -> stamps of its messages, newest first.
         masked: channel -> why it is not in the sample though it had a message.
-        stages: name -> seconds.
+        stages: name -> seconds; `wait_transforms` is the time in which transforms and calibrations were awaited.
     """
 
     sample: Sample
@@ -103,15 +103,16 @@ class Draft:
         messages = {channel: received for channel, received in messages.items() if channel not in masked}
         decode_s = time.monotonic()
         readings = self._decode(vehicle, messages, pool)
-        wait_s = time.monotonic()
-        placed, uncovered = self._place(vehicle, readings, deadline_s)
-        place_s = time.monotonic()
+        decoded_s = time.monotonic()
+        place_s, placed, uncovered = self._place(vehicle, readings, deadline_s)
+        merge_s = time.monotonic()
         sample = merge(vehicle, self.synced.stamp_ns, placed, intake.frames)
         used = {channel: tuple(one.reading.stamp_ns for one in found) for channel, found in placed.items()}
         stages = {
-            "decode": wait_s - decode_s,
-            "transforms": place_s - wait_s + decode_s - start_s,
-            "assemble": time.monotonic() - place_s,
+            "decode": decoded_s - decode_s,
+            "wait_transforms": decode_s - start_s + merge_s - decoded_s - place_s,
+            "transforms": place_s,
+            "assemble": time.monotonic() - merge_s,
         }
         return Prepared(replace(sample, token=str(sample.stamp_ns)), used, {**masked, **uncovered}, stages)
 
@@ -143,8 +144,10 @@ class Draft:
 
     def _place(
         self, vehicle: VehicleConfig, readings: dict[str, list[Reading]], deadline_s: float
-    ) -> tuple[dict[str, list[Placed]], dict[str, str]]:
+    ) -> tuple[float, dict[str, list[Placed]], dict[str, str]]:
         """The readings that the transforms place once these have come, or the time is up; and why others are not.
+
+        Before them, how long the last attempt took: what was not waiting.
 
         Raises:
             FrameError: the anchor's is not among them.
@@ -152,8 +155,17 @@ class Draft:
         frames, stamp, anchor = self._intake.frames, self.synced.stamp_ns, vehicle.sync.anchor
         placed: dict[str, list[Placed]] = {}
         missing: dict[str, FrameError] = {}
+        spent_s = 0.0
 
         def known() -> bool:
+            nonlocal spent_s
+            begun_s = time.monotonic()
+            try:
+                return place()
+            finally:
+                spent_s = time.monotonic() - begun_s
+
+        def place() -> bool:
             placed.clear()
             missing.clear()
             try:  # A bag may be without odometry; on the road it is late, or the vehicle's motion is not known.
@@ -179,7 +191,7 @@ class Draft:
         self._intake.wait_until(known, deadline_s)
         if anchor not in placed:
             raise missing[anchor]
-        return placed, {c: f"no transform ({missing[c].reason})" for c in readings if c not in placed}
+        return spent_s, placed, {c: f"no transform ({missing[c].reason})" for c in readings if c not in placed}
 
     def _reading(self, channel: str, sensor: CloudSensor | CameraSensor, received: Received) -> Reading:
         """A message decoded, the first time that it is asked for.

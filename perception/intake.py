@@ -53,7 +53,7 @@ class Intake:
         arrivals: topic -> its messages so far.
         dropped_nonfinite: channel -> points dropped because a number was not finite.
         refused: topic -> messages that were of no use.
-        last_fault: what was wrong with the latest of them.
+        faults: topic -> what was wrong with the latest of them.
         jumps: how often the clock has jumped back.
     """
 
@@ -65,7 +65,7 @@ class Intake:
         self.arrivals: dict[str, Arrivals] = {}
         self.dropped_nonfinite: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        self.last_fault: PerceptionError | None = None
+        self.faults: dict[str, PerceptionError] = {}
         self.jumps = 0
         self.deserialize = deserialize
         self._offered = offered
@@ -203,7 +203,7 @@ class Intake:
     def refuse(self, topic: str, error: PerceptionError) -> None:
         """Count a message that is of no use."""
         self.refused[topic] += 1
-        self.last_fault = error
+        self.faults[topic] = error
 
     def _jumped(self, jump: ClockJump, seen_by: Synchronizer | None = None) -> None:
         """Forget all that belongs to the time before the jump."""

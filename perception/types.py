@@ -163,7 +163,8 @@ class Pose:
 
     def apply(self, points: Array) -> Array:
         """Points (..., 3), source frame to destination frame; computed in float64, given in the input's float type."""
-        moved = points.astype(np.float64) @ self.rotation.T + self.translation
+        moved = points.astype(np.float64) @ self.rotation.T
+        moved += self.translation
         return moved.astype(points.dtype) if np.issubdtype(points.dtype, np.floating) else moved
 
 

@@ -178,13 +178,16 @@ class Worker:
     def _predict(self, draft: Draft, prepared: Prepared, start_s: float) -> None:
         system, stamp = self.system, draft.synced.stamp_ns
         self.masked.update(prepared.masked.items())
+        begun_s = time.monotonic()
         if system.predictor.needs.motion:
             self._intake.wait_until(lambda: self._backlog.reaches(stamp), start_s + self._wait_s)
+        motion_s = time.monotonic() - begun_s
         imu, odometry, gnss = self._backlog.take(system.vehicle, self._intake.frames, stamp)
         sample = replace(prepared.sample, imu=imu, odometry=odometry, gnss=gnss)
         predict_s = time.monotonic()
         prediction = above_threshold(system.predictor.predict(sample), self.score_threshold)
         stages = {"wait": start_s - draft.received_s, **prepared.stages, "predict": time.monotonic() - predict_s}
+        stages["wait_transforms"] += motion_s
         self._last_ns = stamp
         self._publish(Predicted(draft, sample, prediction, prepared.used, stages))
         self.latencies.append((time.monotonic(), stages))

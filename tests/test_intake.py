@@ -131,7 +131,7 @@ def test_in_lock_step_the_samples_are_the_bag_readers(live, bag):
         assert_same(online, expected)
     last = live.published[-1]
     assert last.used["lidar_top"] == tuple(START_NS + (COUNT - 1 - k) * PERIOD_NS for k in range(10))
-    assert list(last.stages)[:5] == ["wait", "decode", "transforms", "assemble", "predict"]
+    assert list(last.stages)[:5] == ["wait", "decode", "wait_transforms", "transforms", "assemble"]
     assert (worker.offered, worker.published, sum(worker.dropped.values())) == (COUNT, COUNT, 0)
 
 
@@ -279,7 +279,7 @@ def test_a_message_that_is_cut_off_is_refused(live):
     live.system(Recorder())
     live.intake.take("lidar_top", "/lidar_top", b"\0\1\0\0")
     assert live.intake.refused == {"/lidar_top": 1}
-    assert "a message of /lidar_top is damaged" in str(live.intake.last_fault)
+    assert "a message of /lidar_top is damaged" in str(live.intake.faults["/lidar_top"])
 
 
 def test_a_transform_that_is_none_is_refused_and_the_others_count(live):
@@ -295,7 +295,7 @@ def test_a_transform_that_is_none_is_refused_and_the_others_count(live):
     message = SimpleNamespace(transforms=[mount("bad", 0.0), mount("good", 1.0)])
     live.intake.take_transforms(message, "/tf_static", static=True)
     assert live.intake.frames.frames == ("base_link", "good")
-    assert live.intake.refused == {"/tf_static": 1} and "'base_link' -> 'bad'" in str(live.intake.last_fault)
+    assert live.intake.refused == {"/tf_static": 1} and "'base_link' -> 'bad'" in str(live.intake.faults["/tf_static"])
 
 
 def test_a_predictor_that_fails_is_told_and_the_next_frame_is_a_new_chance(live):

@@ -21,7 +21,7 @@ pytest.importorskip("rosbags", reason="extra bag is not installed")
 from short_drive import COUNT, NEEDS, PERIOD_NS, START_NS, VEHICLE, Recorder, write_drive
 
 from perception.datasets.rosbag_file import BagFile, Logged
-from perception.types import Needs
+from perception.types import Localization, Needs, Pose
 
 SENSORS = VEHICLE.model_dump(mode="json", exclude_defaults=True)
 
@@ -140,7 +140,8 @@ def started(nodes, tmp_path, bag, spin_until, monkeypatch):
 
         cameras = ("/cam_front/image_rect_compressed",) if node.systems[0].vehicle.sensors.cameras else ()
         spin(lambda: car.heard(*MATCHED, *cameras))
-        spin(lambda: all(p.get_subscription_count() for _, p in node._outputs[0]._outputs[:1]))
+        heard = [p for output, p in node._outputs[0]._outputs if output.name == "detections"]
+        spin(lambda: all(p.get_subscription_count() for p in heard))
         spin(lambda: node._outputs[0]._report.get_subscription_count() > 0)
         return node, car, spin
 
@@ -181,7 +182,7 @@ def test_every_sweep_gives_its_boxes_under_its_own_stamp(started):
     report = car.reports[-1]
     assert [s.channel for s in report.sensors] == ["lidar_top"]
     assert [s.stage for s in report.stages] == [
-        "wait", "decode", "transforms", "assemble", "predict", "convert", "publish",
+        "wait", "decode", "wait_transforms", "transforms", "assemble", "predict", "convert", "publish",
     ]  # fmt: skip
     assert report.end_to_end_s > 0 and all(stage.duration_s >= 0 for stage in report.stages)
     # The bag's stamps are years old, and the clock is the wall's: that is said, with the cure.
@@ -286,6 +287,157 @@ def test_a_late_camera_is_left_out_and_counted(started):
     drive_through(node, car, spin, late)
     assert node.workers[0].sync.counts["cam_front"].stale == COUNT
     assert len(recorder.samples) == COUNT and not recorder.samples[-1].cameras
+    topic = "input /cam_front/image_rect_compressed"
+    spin(car.says(topic, "left out of", "samples of detection: no stamp within 0.12 s", "set its offset_s"), 5.0)
+
+
+def a_thousand_seconds_ago(message: Logged) -> Logged:
+    """Sweeps by another clock than the rest."""
+    if message.topic != "/lidar_top":
+        return message
+    raw = bytearray(message.raw)
+    raw[4:8] = (int.from_bytes(raw[4:8], "little") - 1000).to_bytes(4, "little")
+    return message._replace(raw=bytes(raw))
+
+
+def test_transforms_that_stop_are_named_with_how_late_they_are(started):
+    node, car, spin = started(Recorder(Needs(lidar=())))
+    last = START_NS + 4 * PERIOD_NS
+    drive_through(node, car, spin, lambda m: None if m.topic == "/tf" and m.log_ns > last else m)
+    spin(car.says("transforms", "after_buffer: 'odom' -> 'base_link' is known from", "ms after", "wait for newer"), 5.0)
+    dropped = node.workers[0].dropped
+    assert node.workers[0].published + sum(dropped.values()) == COUNT and dropped["no_transform"]
+    assert len(node.workers[0].system.predictor.samples) == node.workers[0].published <= 5
+
+
+def test_transforms_of_another_clock_are_said(started):
+    node, car, spin = started(Recorder(Needs(lidar=())))
+    drive_through(node, car, spin, a_thousand_seconds_ago)
+    ahead = "clock mismatch: /tf is stamped "
+    spin(car.says("transforms", ahead, "s ahead of the sensors", "use_sim_time true", "before_buffer"), 5.0)
+    assert not node.workers[0].published
+
+
+def test_simulated_time_without_a_clock_is_said(nodes, spin_until, tmp_path, bag):
+    from perception_ros.node import PerceptionNode
+    from rclpy.parameter import Parameter
+
+    path = str(write_config(tmp_path, bag))
+    node = PerceptionNode(parameter_overrides=[Parameter("config", value=path), Parameter("use_sim_time", value=True)])
+    car = Car(bag)
+    nodes += [node, car.node]
+    assert node.autostart(), node.failure
+    spin_until(car.says("clock", "nothing is on /clock", "set use_sim_time false"), 5.0, nodes=[node, car.node])
+
+
+def test_predictions_beyond_the_budget_are_an_error_and_sometimes_a_warning(started):
+    """The bag's stamps are years old, so each prediction is late; with some that are not it is a warning."""
+    node, car, spin = started(Recorder(Needs(lidar=())), latency_budget_s=0.25)
+    drive_through(node, car, spin)
+    late = "predictions were later than 250 ms"
+    spin(car.says("system detection", late, "use a faster device, or set systems.detection.max_rate_hz"), 5.0)
+    assert car.statuses["perception: system detection"].level == b"\x02"
+    done_s = time.monotonic()
+    worker = node.workers[0]
+    worker.latencies.clear()
+    worker.latencies.extend((done_s, {"end_to_end": age}) for age in (0.1, 0.2, 0.3))
+    spin(car.says("system detection", f"1 of 3 {late} (worst 300 ms)"), 5.0)
+    assert car.statuses["perception: system detection"].level == b"\x01"
+
+
+def test_a_transform_that_contradicts_the_tree_is_said(started):
+    _, car, spin = started(Recorder(Needs(lidar=())))
+    for message in car.messages():
+        if message.topic == "/tf_static":
+            car.publish(message)
+            car.publish(message._replace(raw=bytes(message.raw).replace(b"base_link\0", b"chassis_x\0")))
+    spin(car.says("input /tf_static", "messages are refused", "has the parent 'base_link' and is now given"), 5.0)
+
+
+def test_a_camera_without_calibration_is_left_out_and_said(started):
+    recorder = Recorder(NEEDS)
+    node, car, spin = started(recorder)
+    drive_through(node, car, spin, lambda m: None if m.topic == "/cam_front/camera_info" else m)
+    topic = "input /cam_front/image_rect_compressed"
+    spin(car.says(topic, "left out of predictions of detection: no calibration", "nothing on /cam_front/camera_info"))
+    assert recorder.samples and not recorder.samples[-1].cameras
+
+
+def test_every_stage_has_a_topic_that_can_be_plotted(started):
+    from perception_ros.outputs import STAGES
+    from std_msgs.msg import Float64
+
+    node, car, spin = started(Recorder(Needs(lidar=())))
+    found: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for stage, values in found.items():
+        topic = f"perception/detection/latency/{stage}"
+        car.node.create_subscription(Float64, topic, lambda m, v=values: v.append(m.data), 50)
+    spin(lambda: all(p.get_subscription_count() for p in node._outputs[0]._latencies.values()))
+    drive_through(node, car, spin)
+    spin(lambda: all(len(values) == COUNT for values in found.values()) and len(car.reports) == COUNT)
+    stages = {stage.stage: 1e3 * stage.duration_s for stage in car.reports[-1].stages}
+    stages["end_to_end"] = 1e3 * car.reports[-1].end_to_end_s
+    assert list(stages) == list(STAGES)
+    np.testing.assert_allclose([found[stage][-1] for stage in STAGES], list(stages.values()), rtol=1e-5)
+
+
+def test_an_overlay_is_made_for_whoever_asks(started):
+    from sensor_msgs.msg import CompressedImage
+
+    node, car, spin = started(overlay=True)
+    images: list[Any] = []
+    car.node.create_subscription(CompressedImage, "perception/detection/overlay/front/compressed", images.append, 50)
+    spin(lambda: node._outputs[0]._overlays["front"].get_subscription_count() > 0)
+    drive_through(node, car, spin)
+    spin(lambda: len(images) == len(car.reports) == COUNT)
+    assert {image.header.frame_id for image in images} == {"cam_front"}
+    stamps = [image.header.stamp.sec * 10**9 + image.header.stamp.nanosec for image in images]
+    assert stamps == [START_NS + k * PERIOD_NS - 20_000_000 for k in range(COUNT)]  # the image's own
+
+
+class Localizer(Recorder):
+    """Knows that odom lies in the map, turned by a quarter."""
+
+    output = "pose"
+    MAP_FROM_ODOM = Pose.from_yaw(np.pi / 2, (100.0, 50.0, 1.0))
+
+    def predict(self, sample: Any) -> Any:
+        super().predict(sample)
+        ego = self.MAP_FROM_ODOM @ (sample.odom_from_ego or Pose.identity())
+        return Localization(ego, np.eye(6) * 0.1, 10, "ok", sample.stamp_ns)
+
+
+def test_a_localization_gives_pose_odometry_and_the_transform_of_odom(started):
+    from geometry_msgs.msg import PoseWithCovarianceStamped
+    from nav_msgs.msg import Odometry
+    from tf2_msgs.msg import TFMessage
+
+    recorder = Localizer(NEEDS)
+    node, car, spin = started(recorder, broadcast_tf=True)
+    found: dict[str, list[Any]] = {"pose": [], "odometry": [], "/tf": []}
+    for topic, kind in (("pose", PoseWithCovarianceStamped), ("odometry", Odometry)):
+        car.node.create_subscription(kind, f"perception/detection/{topic}", found[topic].append, 50)
+
+    def take(message: Any) -> None:
+        stated = [one for one in message.transforms if one.header.frame_id == "map"]
+        found["/tf"] += [one for one in stated if one.transform.translation.x > 50]  # not the bag's own
+
+    car.node.create_subscription(TFMessage, "/tf", take, 500)
+    spin(lambda: all(p.get_subscription_count() for _, p in node._outputs[0]._outputs))
+    drive_through(node, car, spin)
+    spin(lambda: all(len(messages) == COUNT for messages in found.values()))
+    for k in range(COUNT):
+        pose, odometry, stated = (found[name][k] for name in ("pose", "odometry", "/tf"))
+        assert {m.header.frame_id for m in (pose, odometry, stated)} == {"map"}
+        assert {m.header.stamp.nanosec for m in (pose, odometry, stated)} == {pose.header.stamp.nanosec}
+        assert (odometry.child_frame_id, stated.child_frame_id) == ("base_link", "odom")
+        np.testing.assert_array_equal(pose.pose.covariance, 0.1 * np.eye(6).reshape(-1))
+        shift, turn = stated.transform.translation, stated.transform.rotation
+        np.testing.assert_allclose([shift.x, shift.y, shift.z], [100.0, 50.0, 1.0], atol=1e-6)
+        np.testing.assert_allclose([turn.z, turn.w], [np.sqrt(0.5)] * 2, atol=1e-9)
+        readings = recorder.samples[k].odometry  # the twist is the last of the vehicle's own readings
+        linear = odometry.twist.twist.linear
+        np.testing.assert_array_equal([linear.x, linear.y, linear.z], readings.linear_velocity[-1])
 
 
 def test_a_bag_that_loops_starts_afresh(started):

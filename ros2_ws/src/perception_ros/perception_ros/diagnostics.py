@@ -14,8 +14,10 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.node import Node
 
+from perception.datasets.rosbag_file import TF_TOPIC
 from perception.frames import FrameError
 from perception.intake import Arrivals, Intake
+from perception.vehicle import CameraSensor, CloudSensor
 from perception.worker import Worker
 from perception_ros.inputs import Inputs
 
@@ -65,13 +67,48 @@ class Diagnostics:
             for (masked, why), times in worker.masked.items():
                 if masked == channel:
                     values[f"{worker.system.name}.{why}"] = times
+        left_out = self._left_out(channels, now_s)
         if dropped := sum(self._intake.dropped_nonfinite[channel] for channel in {c for _, c in channels}):
             values["points_not_finite"] = dropped
         silent_s = now_s - (arrivals.last_s or self._since_s)
         if silent_s > SILENT_S and not optional:
             anchor = any(channel == worker.system.watched.sync.anchor for worker, channel in channels)
             return status(f"input {topic}", ERROR if anchor else WARN, self._why_silent(topic, silent_s), values)
+        if self._rate(f"refused {topic}", self._intake.refused[topic], 1.0) > 0:
+            return status(f"input {topic}", WARN, f"messages are refused: {self._intake.faults[topic]}", values)
+        if left_out:
+            return status(f"input {topic}", WARN, left_out, values)
         return status(f"input {topic}", OK, f"{values['rate_hz']} Hz", values)
+
+    def _left_out(self, channels: Sequence[tuple[Worker, str]], now_s: float) -> str:
+        """Why a sensor that sends is not in most samples since the last time; empty where it is."""
+        for worker, channel in channels:
+            name, counts, sensor = worker.system.name, worker.sync.counts[channel], worker.system.watched.sensors
+            stale = self._rate(f"{name} {channel} stale", counts.stale, 1.0)
+            matched = self._rate(f"{name} {channel} matched", counts.matched, 1.0)
+            if stale > matched:
+                tolerance_s = sensor.channels[channel].tolerance_s
+                return (
+                    f"left out of {stale:.0f} of {stale + matched:.0f} samples of {name}: no stamp within "
+                    f"{tolerance_s} s of the anchor's; check its clock, or set its offset_s or tolerance_s"
+                )
+            masked = {why: times for (one, why), times in dict(worker.masked).items() if one == channel}
+            rising = [why for why, n in masked.items() if self._rate(f"{name} {channel} {why}", n, 1.0) > 0]
+            if rising:
+                return (
+                    f"left out of predictions of {name}: {rising[0]}{self._calibration_fault(sensor.channels[channel])}"
+                )
+        return ""
+
+    def _calibration_fault(self, sensor: CloudSensor | CameraSensor) -> str:
+        """What is wrong with a camera's CameraInfo, for the end of a sentence."""
+        if not isinstance(sensor, CameraSensor):
+            return ""
+        fault = self._intake.faults.get(sensor.camera_info)
+        if fault is not None:
+            return f"; {fault}"
+        come = sensor.camera_info in self._intake.arrivals
+        return "" if come else f"; nothing on {sensor.camera_info}, set info_topic"
 
     def _channels(self, topic: str) -> list[tuple[Worker, str]]:
         return [
@@ -109,10 +146,29 @@ class Diagnostics:
         for worker in self._workers:
             if worker.system.name in rising and worker.last_error and isinstance(worker.last_error[1], FrameError):
                 error = worker.last_error[1]
-                return status("transforms", ERROR, f"{error.reason}: {error.what}; {error.do}", values)
+                message = f"{error.reason}: {error.what}; {error.do}"
+                return status("transforms", ERROR, f"{self._other_clock()}{message}", values)
         if not frames:
             return status("transforms", WARN, "nothing on /tf and /tf_static yet; publish the sensors' mounts", values)
         return status("transforms", OK, f"{len(frames)} frames", values)
+
+    def _other_clock(self) -> str:
+        """Where /tf has another clock than the sensors, what to do about it."""
+        arrivals = self._intake.arrivals
+        stamps = [arrivals[topic].last_stamp_ns for topic in self._sensor_topics() if topic in arrivals]
+        if TF_TOPIC not in arrivals or not stamps:
+            return ""
+        ahead_s = (arrivals[TF_TOPIC].last_stamp_ns - max(stamps)) / 1e9
+        if abs(ahead_s) < CLOCK_OFF_S:
+            return ""
+        where = "ahead of" if ahead_s > 0 else "behind"
+        return (
+            f"clock mismatch: {TF_TOPIC} is stamped {abs(ahead_s):.1f} s {where} the sensors; give their drivers and "
+            "the publisher of odometry one clock (of a bag: use_sim_time true for all nodes); "
+        )
+
+    def _sensor_topics(self) -> set[str]:
+        return {sensor.topic for w in self._workers for sensor in w.system.watched.sensors.channels.values()}
 
     def _clock(self) -> DiagnosticStatus:
         now_ns = self._node.get_clock().now().nanoseconds
@@ -121,7 +177,7 @@ class Diagnostics:
         if simulated and now_ns == 0:
             message = "use_sim_time is true and nothing is on /clock; play a bag with /clock, or set use_sim_time false"
             return status("clock", ERROR, message, values)
-        topics = {sensor.topic for w in self._workers for sensor in w.system.watched.sensors.channels.values()}
+        topics = self._sensor_topics()
         stamps = [a.last_stamp_ns for topic, a in self._intake.arrivals.items() if topic in topics]
         if not stamps:
             return status("clock", OK, "no stamps to compare with yet", values)

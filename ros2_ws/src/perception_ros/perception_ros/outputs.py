@@ -29,12 +29,27 @@ from perception_ros.overlay import compressed_image, overlay
 
 REPORT_TYPE = "perception_msgs/msg/PredictionReport"
 OVERLAY_TYPE = "sensor_msgs/msg/CompressedImage"
+LATENCY_TYPE = "std_msgs/msg/Float64"
+"""Milliseconds."""
 TF_TYPE = "tf2_msgs/msg/TFMessage"
 
 QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
 """Of all outputs but those that are latched: RViz' default."""
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 """RViz' Map display asks for it."""
+
+STAGES = (
+    "wait",
+    "decode",
+    "wait_transforms",
+    "transforms",
+    "assemble",
+    "predict",
+    "convert",
+    "publish",
+    "end_to_end",
+)
+"""Of a prediction, in the order they run; `end_to_end` is from the sensor's stamp to the end of `publish`."""
 
 _FIXES = ("ok", "degenerate", "coasting")
 """Of a Localization's statuses those whose pose is published."""
@@ -50,14 +65,16 @@ class Output(NamedTuple):
         frame: whose axes the header names.
         convert: (prediction, header) -> CDR bytes.
         qos: offered.
+        motion: `convert` also takes the vehicle's frame and its own odometry.
     """
 
     name: str
     type: str
     of: Literal["boxes", "occupancy", "pose"]
     frame: Literal["base", "map"]
-    convert: Callable[[Any, Header], bytes]
+    convert: Callable[..., bytes]
     qos: QoSProfile = QOS
+    motion: bool = False
 
 
 OUTPUTS = (
@@ -69,10 +86,11 @@ OUTPUTS = (
     Output("voxels", "sensor_msgs/msg/PointCloud2", "occupancy", "base", voxel_cloud),
     Output("bev", "nav_msgs/msg/OccupancyGrid", "occupancy", "base", bev_grid, LATCHED),
     Output("pose", "geometry_msgs/msg/PoseWithCovarianceStamped", "pose", "map", pose),
-    Output("odometry", "nav_msgs/msg/Odometry", "pose", "map", odometry),
+    Output("odometry", "nav_msgs/msg/Odometry", "pose", "map", odometry, motion=True),
 )
-"""Beside these every system has `report`, and with `overlay` an `overlay/<camera>/compressed` for each camera; RViz
-opens compressed images on topics of such names only (image_transport).
+"""Beside these every system has `report`, `latency/<stage>` for each of `STAGES` to be plotted, and with `overlay` an
+`overlay/<camera>/compressed` for each camera; RViz opens compressed images on topics of such names only
+(image_transport).
 """
 
 
@@ -97,6 +115,7 @@ class SystemOutputs:
             for output in outputs_of(system.predictor.output)
         ]
         self._report = self._publisher("report", REPORT_TYPE)
+        self._latencies = {stage: self._publisher(f"latency/{stage}", LATENCY_TYPE) for stage in STAGES}
         roles = system.watched.sensors.cameras if system.config.overlay else ()
         self._overlays = {role: self._publisher(f"overlay/{role}/compressed", OVERLAY_TYPE) for role in roles}
         self._tf = None
@@ -105,14 +124,16 @@ class SystemOutputs:
 
     def close(self) -> None:
         """Take the topics away."""
-        for publisher in (*(p for _, p in self._outputs), self._report, *self._overlays.values(), self._tf):
-            if publisher is not None:
-                self._node.destroy_lifecycle_publisher(publisher)
+        for publisher in self._publishers():
+            self._node.destroy_lifecycle_publisher(publisher)
 
     def wanted(self) -> bool:
         """Whether anybody listens; /tf always counts as listened to."""
-        publishers = (*(p for _, p in self._outputs), self._report, *self._overlays.values())
-        return self._tf is not None or any(publisher.get_subscription_count() for publisher in publishers)
+        return self._tf is not None or any(publisher.get_subscription_count() for publisher in self._publishers())
+
+    def _publishers(self) -> list[Any]:
+        found = [*(p for _, p in self._outputs), self._report, *self._latencies.values(), *self._overlays.values()]
+        return found if self._tf is None else [*found, self._tf]
 
     def publish(self, predicted: Predicted) -> None:
         """Everything that somebody listens to; adds the stages `convert`, `publish` and `end_to_end`."""
@@ -131,7 +152,8 @@ class SystemOutputs:
         for output, publisher in self._outputs if known else ():
             if publisher.get_subscription_count():
                 frame = vehicle.base_frame if output.frame == "base" else vehicle.map_frame
-                put(publisher, lambda o=output, f=frame: o.convert(prediction, Header(stamp, f)))  # type: ignore[misc]
+                moved = (vehicle.base_frame, predicted.sample.odometry) if output.motion else ()
+                put(publisher, lambda o=output, f=frame, m=moved: o.convert(prediction, Header(stamp, f), *m))  # type: ignore[misc]
         if self._tf is not None and known:
             assert isinstance(prediction, Localization)
             odom_from_ego = predicted.sample.odom_from_ego
@@ -143,6 +165,9 @@ class SystemOutputs:
         now_ns = self._node.get_clock().now().nanoseconds
         predicted.stages["end_to_end"] = (now_ns - stamp) / 1e9
         self._report.publish(_report(self._system.name, vehicle.base_frame, predicted))
+        for stage, publisher in self._latencies.items():
+            if publisher.get_subscription_count():
+                publisher.publish(message_class(LATENCY_TYPE)(data=1e3 * predicted.stages[stage]))
 
     def _publish_overlays(self, predicted: Predicted, put: Callable[[Any, Callable[[], bytes]], None]) -> None:
         asked = [role for role, publisher in self._overlays.items() if publisher.get_subscription_count()]
