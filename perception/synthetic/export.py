@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -208,7 +209,7 @@ def _in_order(config: ExportConfig, simulate: Callable[[_Task], T], tasks: Itera
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         try:
             for _ in range(workers):
                 pool.submit(os.getpid)  # they start while the first task is prepared
@@ -221,6 +222,11 @@ def _in_order(config: ExportConfig, simulate: Callable[[_Task], T], tasks: Itera
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
             raise
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C its parent decides
 
 
 def _named(occupancy: OccupancyGrid3D, classes: tuple[str, ...], free_label: int) -> OccupancyGrid3D:

@@ -9,11 +9,11 @@ dropped or overtaken then, so that predictions are those of `perception predict`
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
 from rclpy.utilities import remove_ros_args
 from rosgraph_msgs.msg import Clock
 from std_msgs.msg import String
@@ -63,6 +64,7 @@ class Player:
     Attributes:
         published: messages so far, the latched ones of every round included.
         late_s: of each message published freely, how far behind its time it was.
+        stopping: set when playing is to end.
     """
 
     def __init__(self, config: PlayConfig) -> None:
@@ -70,6 +72,7 @@ class Player:
         self.playback = Playback(config.playback)
         self.published = 0
         self.late_s: list[float] = []
+        self.stopping = threading.Event()
         ensure()  # perception_msgs and tf2_msgs
         types = {topic.name: _message_type(topic) for topic in self.playback.topics.values()}
         self.node = Node("perception_play", start_parameter_services=False)
@@ -89,7 +92,7 @@ class Player:
 
         Raises:
             DataError: the node that is waited for is not there, or does not answer.
-            ExternalShutdownException: ROS was shut down.
+            ExternalShutdownException: ROS was shut down, or `stopping` set.
         """
         listening = self._await_node(self.config.wait) if self.config.wait is not None else None
         if listening is None:
@@ -122,7 +125,7 @@ class Player:
                 self._publish(event, listening)
 
     def _publish(self, message: Logged, listening: frozenset[str] | None) -> None:
-        _check_running()
+        self._check_running()
         before = self._answers[message.topic]
         self._publishers[message.topic].publish(bytes(message.raw))
         self.published += 1
@@ -139,7 +142,7 @@ class Player:
     def _tick(self, log_ns: int) -> None:
         if self._clock is None:
             return
-        _check_running()
+        self._check_running()
         out = CdrWriter()
         put_time(out, log_ns)
         self._clock.publish(out.finish())
@@ -191,20 +194,19 @@ class Player:
         while not done():
             if time.monotonic() > end_s:
                 return False
-            _check_running()
+            self._check_running()
             self._executor.spin_once(timeout_sec=0.05)
         return True
 
+    def _check_running(self) -> None:
+        if self.stopping.is_set() or not rclpy.ok():
+            raise ExternalShutdownException
+
     def _sleep_until(self, due_s: float) -> None:
-        """In slices, for only this thread sees that ROS was shut down by a signal."""
+        """In slices, for only this thread sees that it is to stop."""
         while (left_s := due_s - time.monotonic()) > 0:
-            _check_running()
+            self._check_running()
             time.sleep(min(left_s, 0.1))
-
-
-def _check_running() -> None:
-    if not rclpy.ok():
-        raise ExternalShutdownException
 
 
 def _qos(offered: OfferedQos) -> QoSProfile:
@@ -260,28 +262,42 @@ def play(
         "wait": wait,
         "wait_s": wait_s,
     }
-    with _player(validate(PlayConfig, keys, "the command line")) as player:
+    _run(validate(PlayConfig, keys, "the command line"))
+
+
+def _run(config: PlayConfig) -> None:
+    """Play in ROS of its own; Ctrl-C and SIGTERM end it quietly."""
+    # What happens before the first message is broken off; from then on a signal is seen between two messages.
+    rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
+    player = None
+    try:
+        player = Player(config)
+        stopping = player.stopping
+        _on_signals(lambda *_: stopping.set())
         span_s = (player.playback.end_ns - player.playback.begin_ns) / 1e9
         typer.echo(f"playing {len(player.playback.topics)} topics of {player.config.playback.bag}, {span_s:.1f} s")
         player.play()
         late = f"; late by {1e3 * np.percentile(player.late_s, 99):.1f} ms (p99)" if player.late_s else ""
         typer.echo(f"published {player.published:,} messages{late}")
-
-
-@contextmanager
-def _player(config: PlayConfig) -> Iterator[Player]:
-    """A player in ROS of its own; Ctrl-C and SIGTERM end it quietly."""
-    rclpy.init(args=sys.argv)
-    player = None
-    try:
-        player = Player(config)
-        yield player
-    except (KeyboardInterrupt, ExternalShutdownException):
+    except ExternalShutdownException:
         pass
     finally:
         if player is not None:
             player.close()
         rclpy.try_shutdown()
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; of a KeyboardInterrupt typer would make a failure."""
+
+
+def _interrupt(*_: Any) -> None:
+    raise _Interrupted
+
+
+def _on_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts what is in its background deaf to it
+        signal.signal(number, handler)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -309,8 +325,11 @@ def _choose_profile() -> None:
 def main() -> None:
     """Run `perception play`: what the user can mend is one message, and exit code 2."""
     _choose_profile()
+    _on_signals(_interrupt)
     try:
         app(args=remove_ros_args(sys.argv)[1:], prog_name="perception play")
+    except _Interrupted:
+        pass
     except PerceptionError as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
