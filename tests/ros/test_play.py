@@ -388,6 +388,15 @@ class TestCommand:
         _, err = running.communicate(timeout=10)
         assert running.returncode == 0 and "Traceback" not in err
 
+    def test_ctrl_c_while_the_drive_is_made_ends_it_quietly(self, tmp_path):
+        running = self.run(env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
+        while not list(tmp_path.glob("perception/demo-drive-*/")):  # where it is made
+            assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=20)
+        assert running.returncode == 0 and "Traceback" not in err
+        assert not list(tmp_path.glob("perception/demo-drive-*/"))
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [

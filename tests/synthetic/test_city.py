@@ -211,6 +211,19 @@ def test_frames_come_in_stamp_order_and_hold_the_key_frames(city):
     assert np.array_equal(key.lidars["top"].xyz, expected.xyz)
 
 
+def test_frames_come_at_the_rates_asked_for_and_hold_the_key_frames_images():
+    slow = City(FAULTY.model_copy(update={"key_frames": 2, "lidar_stride": 2, "camera_hz": 4.0}))
+    first_ns, last_ns = slow.key_stamps(0)
+    frames = list(slow.frames(0, after_ns=first_ns - 120_000_000))
+    lidar = [f.stamp_ns for f in frames if f.lidars]
+    assert first_ns in lidar and last_ns in lidar and np.allclose(np.diff(lidar), 100_000_000)
+    front = [f for f in frames if "front" in f.cameras]
+    assert np.allclose(np.diff([f.stamp_ns for f in front]), 250_000_000)
+    key = slow[1].cameras["front"]
+    assert front[-1].stamp_ns == key.stamp_ns and np.array_equal(front[-1].cameras["front"].rgb, key.rgb)
+    assert np.allclose(front[-1].cameras["front"].ego_from_camera.matrix, slow.rig.cameras[0].ego_from_camera.matrix)
+
+
 def test_ego_pitches_and_rolls(city):
     pose = city.map_from_ego(0)
     tilt = np.array([pose(s).rotation[2, :2] for s in city.key_stamps(0)])
