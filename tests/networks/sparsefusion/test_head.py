@@ -217,3 +217,20 @@ def test_the_device_is_waited_for_once():
                 head(**inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_statistics_of_the_point_heads_are_those_of_decoded_queries_unless_asked_otherwise():
+    """The released models' training lets the undecoded queries into them, which spoils what predictions use."""
+    moved = {}
+    for raw in (True, False):
+        torch.manual_seed(0)
+        head, inputs = make("lidar", raw_queries=raw)
+        norms = [m for m in head.point_decoder.heads.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+        seen: list[Tensor] = []
+        norms[0].register_forward_hook(lambda _, x, y, seen=seen: seen.append(x[0].detach()))
+        head.train()
+        head(**inputs)
+        assert len(seen) == (2 if raw else 1)
+        moved[raw] = norms[0].running_mean
+    torch.testing.assert_close(moved[False], 0.1 * seen[0].transpose(0, 1).flatten(1).mean(1))
+    assert not torch.allclose(moved[True], moved[False])
