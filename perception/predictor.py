@@ -99,7 +99,7 @@ class Network(Protocol):
         ...
 
     def degraded(self, sample: Sample) -> str:
-        """As in Predictor, of a prediction for this sample."""
+        """As in Predictor, of the prediction for this sample, which was the last."""
         ...
 
 
@@ -119,9 +119,10 @@ class NetworkPredictor:
 
     def predict(self, sample: Sample) -> Prediction:
         """The network's; DataError where the sample lacks what it cannot do without."""
-        self.degraded = self._network.degraded(sample)
         with _current(self._device):
-            return self._network.predict(sample)
+            prediction = self._network.predict(sample)
+        self.degraded = self._network.degraded(sample)
+        return prediction
 
     def reset(self) -> None:
         """It remembers nothing."""

@@ -77,11 +77,15 @@ class Encoder(nn.Module):
 
     In training mode fewer voxels are kept, and projected points count as seen within the valid part of an image only,
     as in the official training.
+
+    Attributes:
+        voxels_dropped: of the last batch, those beyond the most that are kept.
     """
 
     def __init__(self, config: SparseFusionConfig) -> None:
         super().__init__()
         self.config = config
+        self.voxels_dropped = 0
         lidar = config.lidar
         self.grid = VoxelGrid(lidar.range_m[:3], lidar.voxel_size_m, lidar.grid, Pose.identity())
         self.register_buffer("mean", torch.tensor(config.image.mean), persistent=False)
@@ -148,8 +152,10 @@ class Encoder(nn.Module):
         lidar = self.config.lidar
         most = lidar.max_voxels_training if self.training else lidar.max_voxels
         means, coordinates, height = [], [], []
+        self.voxels_dropped = 0
         for b, cloud in enumerate(points):
             found = hard_voxels(cloud, self.grid, lidar.max_points, most, stop_when_full=True)
+            self.voxels_dropped += found.voxels_dropped
             means.append(found.points.sum(1) / found.count[:, None])
             zyx = found.index.flip(1)
             coordinates.append(torch.cat([torch.full_like(zyx[:, :1], b), zyx], 1).int())

@@ -120,9 +120,14 @@ class SparseFusion(nn.Module):
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def degraded(self, sample: Sample) -> str:
-        """What a prediction for this sample has to do without, "" if nothing: `camera back missing, front black`."""
+        """What the prediction for this sample, the last, had to do without, "" if nothing: `camera back missing, front
+        black; 812 voxels beyond the 160000 that lidar.max_voxels allows`.
+        """
         absent = absent_cameras(sample, self.needs.cameras)
-        return "camera " + ", ".join(f"{role} {why}" for role, why in absent.items()) if absent else ""
+        parts = ["camera " + ", ".join(f"{role} {why}" for role, why in absent.items())] if absent else []
+        if dropped := self.encoder.voxels_dropped:
+            parts.append(f"{dropped} voxels beyond the {self.config.lidar.max_voxels} that lidar.max_voxels allows")
+        return "; ".join(parts)
 
     def encode_targets(self, samples: Sequence[Sample], truths: Sequence[Truth]) -> Supervision:
         """What the outputs for these samples are compared with, on the network's device.

@@ -120,6 +120,18 @@ def test_points_that_are_not_numbers_are_dropped_and_counted():
         replace(cloud, xyz=np.concatenate([cloud.xyz, bad[:1, :3]]), fields={})
 
 
+def test_voxels_beyond_the_cap_are_told():
+    both, net = sample(), network()
+    net.predict(both)
+    assert net.degraded(both) == ""
+    few = SparseFusion(net.config.model_copy(update={"lidar": net.config.lidar.model_copy(update={"max_voxels": 9})}))
+    few.eval().predict(both)
+    dropped = few.encoder.voxels_dropped
+    assert 0 < dropped <= 400 - 9
+    assert few.degraded(both) == f"{dropped} voxels beyond the 9 that lidar.max_voxels allows"
+    assert few.degraded(replace(both, cameras={})).startswith("camera front missing, back missing; ")
+
+
 def test_nothing_is_taken_from_a_missing_camera():
     """Boxes are then the LiDAR's: whatever the absent camera showed, a black image and no image are the same."""
     net, both = network(), sample()
