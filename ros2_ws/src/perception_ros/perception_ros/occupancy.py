@@ -111,8 +111,8 @@ def _columns(occupancy: OccupancyGrid3D) -> Array:
     """(X, Y) int8 values of the columns."""
     is_obstacle = np.zeros(256, bool)
     is_obstacle[: len(occupancy.classes)] = [name not in GROUND for name in occupancy.classes]
-    is_obstacle[occupancy.free_label] = False
-    where = np.flatnonzero(is_obstacle[occupancy.label])
+    where = np.flatnonzero(occupancy.occupied)  # first: most voxels are free, and to look their labels up is slow
+    where = where[is_obstacle[occupancy.label.reshape(-1)[where]]]
     certain = np.zeros(occupancy.label.shape[:2], np.float32)
     score = np.float32(1) if occupancy.score is None else occupancy.score.reshape(-1)[where]
     np.maximum.at(certain.reshape(-1), where // occupancy.label.shape[2], score)
