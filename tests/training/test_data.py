@@ -119,6 +119,7 @@ def stream(place=ALONE, **keys):
     return CityStream(SMALL, NEEDS, settings, AugmentConfig(), 0, place)
 
 
+@pytest.mark.slow
 def test_the_city_is_drawn_again_and_augmented_anew():
     pairs = [p.open() for p in itertools.islice(stream(refresh=False), 8)]
     again = [p.open() for p in itertools.islice(stream(refresh=False), 8)]
@@ -129,6 +130,7 @@ def test_the_city_is_drawn_again_and_augmented_anew():
         np.testing.assert_array_equal(a.lidars["top"].xyz, b.lidars["top"].xyz)
 
 
+@pytest.mark.slow
 def test_processes_simulate_different_streets():
     first, second = (next(iter(stream(Place(rank, 2, torch.device("cpu"))))).open()[0].token for rank in range(2))
     assert first.split("-")[:2] != second.split("-")[:2]

@@ -192,6 +192,7 @@ def test_two_processes_learn_what_one_with_the_whole_batch_does(tmp_path):
         assert a == pytest.approx(b, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_both_processes_with_a_checkpoint_that_resumes(tmp_path):
     running = launch(2, tmp_path, "--steps", "100000")
     for line in running.stdout:
