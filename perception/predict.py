@@ -20,7 +20,7 @@ from perception.prediction_files import PredictedFrame, PredictionWriter
 from perception.predictor import Predictor, TruthEchoConfig, load_predictor, predictor_config
 from perception.recording import Recording
 from perception.synthetic.demo import demo_bag
-from perception.systems import StackConfig, above_threshold, load_stack, load_systems
+from perception.systems import StackConfig, above_threshold, is_due, load_stack, load_systems
 from perception.types import Dataset, Sample
 from perception.vehicle import VehicleConfig
 from perception.visualize import write_pictures
@@ -151,14 +151,6 @@ def write(
         if recording is not None:
             recording.flush()
     return Written(made, [path for path, on in ((json_path, json), (png_folder, png), (rrd_path, rrd)) if on])
-
-
-def is_due(max_rate_hz: float | None, last_ns: int | None, stamp_ns: int) -> bool:
-    """Whether a sample is far enough behind the last predicted one.
-
-    A tenth of slack: sensors are not on time to the millisecond.
-    """
-    return max_rate_hz is None or last_ns is None or stamp_ns - last_ns >= 0.9e9 / max_rate_hz
 
 
 def used_stamps(sample: Sample) -> dict[str, tuple[int, ...]]:

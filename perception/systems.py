@@ -257,6 +257,14 @@ def warm_up(system: System) -> None:
     system.predictor.reset()
 
 
+def is_due(max_rate_hz: float | None, last_ns: int | None, stamp_ns: int) -> bool:
+    """Whether a sample is far enough behind the last predicted one.
+
+    A tenth of slack: sensors are not on time to the millisecond.
+    """
+    return max_rate_hz is None or last_ns is None or stamp_ns - last_ns >= 0.9e9 / max_rate_hz
+
+
 def above_threshold(prediction: Prediction, score: float) -> Prediction:
     """Without what is less sure than `score`: such boxes are left out, such voxels become unknown."""
     if score <= 0:

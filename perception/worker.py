@@ -20,7 +20,7 @@ import torch
 from perception.draft import Draft, Prepared
 from perception.frames import FrameError
 from perception.intake import Intake
-from perception.systems import System, above_threshold
+from perception.systems import System, above_threshold, is_due
 from perception.types import Prediction, Sample
 
 Drop = Literal["superseded", "rate_limited", "no_listener", "no_transform", "bad_message", "failed", "stopped"]
@@ -169,11 +169,8 @@ class Worker:
             self.system.predictor.reset()
         if not self._wanted():
             return "no_listener"
-        rate = self.system.config.max_rate_hz
-        # A tenth of slack: sensors are not on time to the millisecond.
-        if rate and self._last_ns is not None and draft.synced.stamp_ns - self._last_ns < 0.9e9 / rate:
-            return "rate_limited"
-        return None
+        due = is_due(self.system.config.max_rate_hz, self._last_ns, draft.synced.stamp_ns)
+        return None if due else "rate_limited"
 
     def _predict(self, draft: Draft, prepared: Prepared, start_s: float) -> None:
         system, stamp = self.system, draft.synced.stamp_ns

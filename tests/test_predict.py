@@ -13,9 +13,10 @@ pytest.importorskip("rosbags", reason="rosbags (extra: bag) is not installed")
 from perception.cli import main
 from perception.datasets.rosbag import Rosbag, RosbagConfig
 from perception.errors import ConfigError
-from perception.predict import is_due, load_jobs, predict, used_stamps, write
+from perception.predict import load_jobs, predict, used_stamps, write
 from perception.prediction_files import read_predictions
 from perception.predictor import PREDICTORS
+from perception.systems import is_due
 from perception.types import Sample
 
 
