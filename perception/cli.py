@@ -151,6 +151,8 @@ def predict(
             job, folder, str(source or config), json=json, png=png, rrd=rrd, limit=limit, progress=_progress
         )
         out.print(f"{job.name}: {written.predictions:,} predictions")
+        for without, count in written.degraded.most_common():
+            out.print(f"  {count:,} of them without: {without}", style="yellow")
         for path in written.paths:
             out.print(f"wrote {path}", soft_wrap=True, highlight=False)
 

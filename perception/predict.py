@@ -6,6 +6,7 @@ same predictions wherever the node used the same messages.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -107,13 +108,14 @@ def predict(
             continue
         prediction = above_threshold(job.predictor.predict(sample), job.score_threshold)
         last_ns = sample.stamp_ns
-        yield sample, PredictedFrame(sample.token, used, prediction)
+        yield sample, PredictedFrame(sample.token, used, prediction, job.predictor.degraded)
 
 
 class Written(NamedTuple):
-    """How many predictions a job made, and where they are."""
+    """How many predictions a job made, what they had to do without (and how many of them), and where they are."""
 
     predictions: int
+    degraded: Counter[str]
     paths: list[Path]
 
 
@@ -134,7 +136,7 @@ def write(
         PerceptionError: rerun is asked for and not installed, or whatever reading and predicting raise.
     """
     json_path, png_folder, rrd_path = folder / f"{job.name}.json", folder / job.name, folder / f"{job.name}.rrd"
-    made = 0
+    made, degraded = 0, Counter[str]()
     with ExitStack() as files:
         recording = Recording(rrd_path) if rrd else None
         writer = PredictionWriter(json_path, job.name, source, job.config, job.predictor.weights) if json else None
@@ -142,6 +144,7 @@ def write(
             files.enter_context(writer)
         for sample, frame in predict(job, limit, progress):
             made += 1
+            degraded[frame.degraded] += 1
             if writer is not None:
                 writer.add(frame)
             if png:
@@ -150,7 +153,8 @@ def write(
                 recording.add(sample, frame.prediction)
         if recording is not None:
             recording.flush()
-    return Written(made, [path for path, on in ((json_path, json), (png_folder, png), (rrd_path, rrd)) if on])
+    del degraded[""]
+    return Written(made, degraded, [path for path, on in ((json_path, json), (png_folder, png), (rrd_path, rrd)) if on])
 
 
 def used_stamps(sample: Sample) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@
       "weights": {"kind", "sha256", "note"}, "code": {"version", "commit", "modified"}, "versions": {library: version},
       "frames": [
         {"token": text, "stamp_ns": int, "used": {"lidar_top": [stamp of each message, newest first], ...},
+         "degraded": what it had to do without (left out where nothing),
          one of "boxes", "occupancy", "localization"}, ...
       ]
     }
@@ -53,11 +54,13 @@ class PredictedFrame:
         token: the sample's.
         used: channel (`lidar_top`, `cam_front`) -> stamps of the messages that were used, newest first.
         prediction: in ego at its `stamp_ns`.
+        degraded: what it had to do without, as `Predictor.degraded`.
     """
 
     token: str
     used: Mapping[str, tuple[int, ...]]
     prediction: Prediction
+    degraded: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +110,7 @@ class PredictionWriter:
             "token": frame.token,
             "stamp_ns": frame.prediction.stamp_ns,
             "used": {channel: list(stamps) for channel, stamps in frame.used.items()},
+            **({"degraded": frame.degraded} if frame.degraded else {}),
             **_entry(frame.prediction),
         }
         self._file.write((",\n" if self._count else "\n") + json.dumps(entry, allow_nan=False))
@@ -142,6 +146,7 @@ def read_predictions(path: Path) -> PredictionFile:
                 frame["token"],
                 {channel: tuple(stamps) for channel, stamps in frame["used"].items()},
                 _prediction(frame),
+                frame.get("degraded", ""),
             )
             for frame in data["frames"]
         )

@@ -110,11 +110,14 @@ def test_files(tmp_path, bag, vehicle):
 def test_the_command(tmp_path, bag, vehicle, monkeypatch, capsys):
     words = ["predict", str(bag), "--config", str(vehicle), "--out", str(tmp_path / "out"), "--limit", "3"]
     monkeypatch.setattr("sys.argv", ["perception", *words])
+    monkeypatch.setattr(builders.Fingerprint, "degraded", "camera left missing")
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0
-    assert "fingerprint: 3 predictions" in capsys.readouterr().out
-    assert len(read_predictions(tmp_path / "out" / "fingerprint.json").frames) == 3
+    printed = capsys.readouterr().out
+    assert "fingerprint: 3 predictions" in printed and "3 of them without: camera left missing" in printed
+    frames = read_predictions(tmp_path / "out" / "fingerprint.json").frames
+    assert [frame.degraded for frame in frames] == ["camera left missing"] * 3
 
 
 def test_a_vehicle_without_a_recording_drives_through_the_demo(bag, vehicle, monkeypatch):

@@ -153,7 +153,7 @@ def test_prediction_on_a_synthetic_bag(weights: Path, tmp_path: Path):
     samples, degraded = [], []
     for sample, frame in predict(job, limit=14):
         samples.append(sample)
-        degraded.append(job.predictor.degraded)
+        degraded.append(frame.degraded)
         assert len(frame.prediction) and np.isfinite(frame.prediction.center).all()
     assert degraded[0] == "camera front missing, back missing", "they begin half a second after the LiDAR"
     assert degraded[-1] == "" and set(samples[-1].cameras) == {"front", "back"}
