@@ -144,7 +144,7 @@ def test_prediction_on_the_real_key_frame(shared_data: Path, weights: Path, tmp_
 
 @pytest.mark.slow
 def test_prediction_on_a_synthetic_bag(weights: Path, tmp_path: Path):
-    """Through the vehicle's configuration, as the node predicts: sweeps and cameras by topic, half a second a cloud."""
+    """Through the vehicle's configuration, as the node predicts: sweeps and cameras by topic, ten sweeps a cloud."""
     vehicle = yaml.safe_load((CONFIGS / "vehicle.yaml").read_text())
     predictor = TINY.model_dump(mode="json", exclude={"weights"}) | {"weights": str(weights)}
     vehicle["systems"] = {"detector": {"predictor": predictor}}
@@ -158,7 +158,7 @@ def test_prediction_on_a_synthetic_bag(weights: Path, tmp_path: Path):
         assert len(frame.prediction) and np.isfinite(frame.prediction.center).all()
     assert degraded[0] == "camera front missing, back missing", "they begin half a second after the LiDAR"
     assert degraded[-1] == "" and set(samples[-1].cameras) == {"front", "back"}
-    assert samples[-1].lidars["top"].field("sweep").max() == 5, "half a second, at the drive's 10 Hz"
+    assert samples[-1].lidars["top"].field("sweep").max() == TINY.sweeps - 1
 
 
 @pytest.mark.slow
