@@ -18,7 +18,8 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS (extra: ros) is not installed")
 from perception_ros.detections import detections
-from perception_ros.play import PlayConfig, Player, _choose_profile
+from perception_ros.play import PlayConfig, Player
+from perception_ros.up import choose_profile
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -359,13 +360,13 @@ class TestProfile:
         for name in ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("ROS_DISTRO", "kilted")
-        _choose_profile()
+        choose_profile()
         assert "segment_size" in Path(os.environ["FASTDDS_DEFAULT_PROFILES_FILE"]).read_text()
 
     def test_a_chosen_one_stays(self, monkeypatch):
         monkeypatch.setenv("FASTDDS_DEFAULT_PROFILES_FILE", "mine.xml")
         monkeypatch.delenv("FASTRTPS_DEFAULT_PROFILES_FILE", raising=False)
-        _choose_profile()
+        choose_profile()
         assert os.environ["FASTDDS_DEFAULT_PROFILES_FILE"] == "mine.xml"
         assert "FASTRTPS_DEFAULT_PROFILES_FILE" not in os.environ
 

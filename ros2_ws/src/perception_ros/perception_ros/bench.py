@@ -38,6 +38,7 @@ from perception.types import Boxes3D, CameraImage, Needs, PointCloud, Pose, Samp
 from perception_ros.interfaces import ensure
 from perception_ros.node import PerceptionNode
 from perception_ros.outputs import message_class
+from perception_ros.up import choose_profile
 
 POINTS, FIELDS = 34_000, ("intensity", "ring")
 CAMERAS = ("front", "front_left", "front_right", "back", "back_left", "back_right")
@@ -251,6 +252,7 @@ def main(
     sensors: Annotated[bool, typer.Option("--sensors", hidden=True)] = False,
 ) -> None:
     """The node's own cost: delivery, and milliseconds added to a frame."""
+    choose_profile()
     if sensors:
         typer.echo(json.dumps(send(seconds)))
         return

@@ -8,7 +8,6 @@ dropped or overtaken then, so that predictions are those of `perception predict`
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -37,7 +36,7 @@ from perception.errors import DataError, PerceptionError
 from perception.playback import CLOCK_TOPIC, Playback, PlaybackConfig, PlayedTopic, Tick
 from perception_ros.cdr import CdrWriter, put_time
 from perception_ros.interfaces import ensure
-from perception_ros.up import launch_folder
+from perception_ros.up import choose_profile
 
 LISTENERS_S = 2.0
 """Longest wait for a first subscriber before a free run begins."""
@@ -313,18 +312,9 @@ def _demo_bag() -> Path:
     return demo_bag(lambda what, done, total: typer.echo(f"making a drive in a small city: {done} of {total}"))
 
 
-def _choose_profile() -> None:
-    """Take the shipped Fast DDS profile where none is chosen: its shared memory belongs to the publisher, and in the
-    512 KiB of the default most clouds get lost."""
-    if {"FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"} & os.environ.keys():
-        return
-    variable = "FASTRTPS" if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy") else "FASTDDS"
-    os.environ[f"{variable}_DEFAULT_PROFILES_FILE"] = str(launch_folder().parent / "configs" / "fastdds_shm.xml")
-
-
 def main() -> None:
     """Run `perception play`: what the user can mend is one message, and exit code 2."""
-    _choose_profile()
+    choose_profile()
     _on_signals(_interrupt)
     try:
         app(args=remove_ros_args(sys.argv)[1:], prog_name="perception play")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -45,6 +46,15 @@ def launch_folder() -> Path:
     from ament_index_python import get_package_share_directory
 
     return Path(get_package_share_directory("perception_ros")) / "launch"
+
+
+def choose_profile() -> None:
+    """Take the shipped Fast DDS profile where none is chosen: its shared memory belongs to the publisher, and in the
+    512 KiB of the default most clouds get lost."""
+    if {"FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"} & os.environ.keys():
+        return
+    variable = "FASTRTPS" if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy") else "FASTDDS"
+    os.environ[f"{variable}_DEFAULT_PROFILES_FILE"] = str(launch_folder().parent / "configs" / "fastdds_shm.xml")
 
 
 def parse(words: list[str]) -> tuple[Path, dict[str, str]]:
