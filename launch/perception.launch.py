@@ -5,7 +5,6 @@ From a bag:         bag:=drive.mcap config:=my_vehicle.yaml
 With nothing given: the synthetic city is made once, and played in a loop.
 """
 
-import os
 from pathlib import Path
 from shutil import which
 
@@ -22,13 +21,11 @@ from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
-from perception.doctor import shared_memory
+from perception.doctor import profile_variable, shared_memory
 from perception.errors import PerceptionError
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "configs"
-FAST_DDS_2 = os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy")
-PROFILE_VARIABLE = "FASTRTPS_DEFAULT_PROFILES_FILE" if FAST_DDS_2 else "FASTDDS_DEFAULT_PROFILES_FILE"
 
 
 def generate_launch_description():
@@ -103,7 +100,7 @@ def arrange(context):
     profile = Path(value("profile"))
     memory = shared_memory(profile)
     actions = [
-        SetEnvironmentVariable(PROFILE_VARIABLE, str(profile)),
+        SetEnvironmentVariable(profile_variable(), str(profile)),
     ]
     if memory.status != "ok":
         actions.append(LogInfo(msg=f"WARNING: shared memory: {memory.detail}\n  {memory.fix}"))

@@ -62,8 +62,8 @@ def schema_of(table: Mapping[str, str], section: str, data: Mapping[str, Any], w
     return schema
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping."""
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, an empty one of an empty file, with `a.b=value` overrides applied."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -77,12 +77,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}", "mend the file; configs/ holds working examples") from error
-    if data is None:
-        return {}
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(
             f"{path}: expected keys and values, got {type(data).__name__}", "configs/ holds working examples"
         )
+    for override in overrides:
+        apply_override(data, override)
     return data
 
 

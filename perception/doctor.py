@@ -196,6 +196,12 @@ def _shared_memory() -> list[Finding]:
     return [shared_memory(Path(profile) if profile else None)]
 
 
+def profile_variable() -> str:
+    """The environment variable that names Fast DDS' profile: distributions up to Jazzy have Fast DDS 2."""
+    fast_dds_2 = os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy")
+    return "FASTRTPS_DEFAULT_PROFILES_FILE" if fast_dds_2 else "FASTDDS_DEFAULT_PROFILES_FILE"
+
+
 def shared_memory(profile: Path | None = None, shm: Path = Path("/dev/shm")) -> Finding:  # noqa: S108 - the mount itself
     """Whether /dev/shm has room for the segments of a Fast DDS profile; the node and the launch files ask too.
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, SerializeAsAny
 
-from perception.config import Config, apply_override, read_yaml, validate
+from perception.config import Config, read_yaml, validate
 from perception.datasets import dataset_config, open_dataset
 from perception.errors import ConfigError
 from perception.predictor import Predictor, load_predictor, predictor_config
@@ -81,9 +81,7 @@ def load_stack(path: Path, systems: Sequence[str] = (), overrides: Sequence[str]
     Raises:
         ConfigError: a missing file, an unknown key, a system that it does not have.
     """
-    data = read_yaml(path)
-    for override in overrides:
-        apply_override(data, override)
+    data = read_yaml(path, overrides)
     found = data.get("systems")
     if isinstance(found, dict):
         if unknown := [name for name in systems if name not in found]:

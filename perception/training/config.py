@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny
 
 from perception.augment import AugmentConfig
-from perception.config import Config, apply_override, read_yaml, schema_of, validate
+from perception.config import Config, read_yaml, schema_of, validate
 from perception.datasets import DATASETS
 from perception.errors import ConfigError
 from perception.predictor import predictor_config
@@ -118,9 +118,7 @@ class TrainConfig(Config):
 
 def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The training of a YAML file; its other sections (`dataset`, `benchmark`) are those of the evaluation."""
-    data = read_yaml(path)
-    for override in overrides:
-        apply_override(data, override)
+    data = read_yaml(path, overrides)
     where = str(path)
     sections: dict[str, Any] = {name: data.get(name) for name in ("predictor", "training")}
     for name, section in sections.items():

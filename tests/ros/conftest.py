@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from perception.doctor import profile_variable
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Before rclpy is imported, for this process and the ones it starts.
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
 os.environ["ROS_DOMAIN_ID"] = str(1 + (os.getppid() * 8 + int(_worker)) % 100)  # above 101 ports may collide on Linux
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
-_fast_dds = "FASTRTPS" if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy") else "FASTDDS"
-os.environ[f"{_fast_dds}_DEFAULT_PROFILES_FILE"] = str(ROOT / "configs" / "fastdds_shm.xml")
+os.environ[profile_variable()] = str(ROOT / "configs" / "fastdds_shm.xml")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from perception.doctor import profile_variable
 from perception.errors import PerceptionError
 from perception_ros import launch_stand_in
 
@@ -53,8 +54,7 @@ def choose_profile() -> None:
     512 KiB of the default most clouds get lost."""
     if {"FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"} & os.environ.keys():
         return
-    variable = "FASTRTPS" if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy") else "FASTDDS"
-    os.environ[f"{variable}_DEFAULT_PROFILES_FILE"] = str(launch_folder().parent / "configs" / "fastdds_shm.xml")
+    os.environ[profile_variable()] = str(launch_folder().parent / "configs" / "fastdds_shm.xml")
 
 
 def parse(words: list[str]) -> tuple[Path, dict[str, str]]:
