@@ -71,7 +71,7 @@ class Progress(NamedTuple):
     """Of the time, how much was spent waiting for data."""
     memory_gib: float
     overflows: int
-    """Steps of the whole run so far that were left out, because a gradient was not finite."""
+    """Steps of the whole run so far that were left out, because something in them was not finite."""
 
     def __str__(self) -> str:
         terms = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
@@ -115,6 +115,8 @@ class Training:
             self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.average), use_buffers=True)
         if resume:
             self._resume()
+        self._statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        self._kept_statistics = [buffer.clone() for buffer in self._statistics]
         self._wrapped: nn.Module = network
         if place.count > 1:
             ids = [place.device.index] if place.device.type == "cuda" else None
@@ -176,13 +178,23 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack([term for term in losses.values()]).sum().backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.optimiser.clip_norm)
-        if torch.isfinite(norm):
-            self.optimiser.step()
-        else:  # a product overflowed somewhere; the log counts such steps
+        if self._overflowed(norm):
             self.overflows += 1
-        if self.average is not None:
-            self.average.update_parameters(self.network)
+            _copy(self._statistics, self._kept_statistics)
+        else:
+            self.optimiser.step()
+            _copy(self._kept_statistics, self._statistics)
+            if self.average is not None:
+                self.average.update_parameters(self.network)
         return losses, norm, factor
+
+    def _overflowed(self, norm: Tensor) -> bool:
+        """Whether the gradient, or what a batch norm has taken in of the batch, is not finite, in any process.
+
+        A batch whose variance overflows becomes zeros behind its norm: such a gradient is finite, and wrong.
+        """
+        statistics = nn.utils.get_total_norm(self._statistics, 1.0)
+        return self.place.any(not torch.isfinite(norm + statistics))
 
     def save(self) -> None:
         """Write the checkpoint. All processes must ask; the leading one writes."""
@@ -214,6 +226,12 @@ class Training:
     def _identity(self) -> str:
         """What must be the same to go on; how often to write may differ."""
         return self.config.model_dump_json(exclude={"log_every", "checkpoint_every", "tensorboard", "workers"})
+
+
+@torch.no_grad()
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, source)
 
 
 class _Ahead:

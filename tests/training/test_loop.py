@@ -118,28 +118,41 @@ def test_bfloat16_learns_in_float32_weights(tmp_path):
     assert training.network.head.weight.dtype == torch.float32
 
 
-def test_a_step_whose_gradient_overflows_is_left_out_and_counted(tmp_path):
-    class Overflowing(Centroid):
-        steps = 0
+class Overflowing(Centroid):
+    """In its second step the gradient overflows, or what its norm takes in of the batch while all else is finite."""
 
-        def loss(self, outputs, targets):
-            self.steps += 1
-            terms = super().loss(outputs, targets)
-            if self.steps == 2:  # a finite loss with an infinite slope
-                terms["x"] = terms["x"] + (outputs.sum() * 0).abs().sqrt()
-            return terms
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.steps = what, 0
 
-    seen, weights = [], []
+    def forward(self, inputs):
+        self.steps += 1
+        scale = 1e25 if self.steps == 2 and self.what == "statistics" else 1.0  # its square is infinite
+        return super().forward(inputs._replace(means=inputs.means * scale))
+
+    def loss(self, outputs, targets):
+        terms = super().loss(outputs, targets)
+        if self.steps == 2 and self.what == "gradient":  # a finite loss with an infinite slope
+            terms["x"] = terms["x"] + (outputs.sum() * 0).abs().sqrt()
+        return terms
+
+
+@pytest.mark.parametrize("what", ["gradient", "statistics"])
+def test_a_step_that_overflows_leaves_no_trace_but_its_count(tmp_path, what):
+    seen, states = [], []
 
     def report(progress):
         seen.append(progress.overflows)
-        weights.append(training.network.head.weight.detach().clone())
+        own, average = training.network.state_dict(), training.average.state_dict()
+        states.append({n: v.clone() for n, v in {**own, **average}.items() if not n.endswith("num_batches_tracked")})
 
-    training = Training(Overflowing(), config(3), ALONE, tmp_path, report=report)
+    training = Training(Overflowing(what), config(3, average=0.9), ALONE, tmp_path, report=report)
     assert run(training)
     assert seen == [0, 1, 1]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
-    assert all(torch.isfinite(value).all() for value in training.weights.values())
+    first, second, third = states
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+        assert not torch.equal(second[name], third[name]) and torch.isfinite(third[name]).all(), name
 
 
 def test_failures_say_what_and_where(tmp_path):
