@@ -112,14 +112,15 @@ def write_weights(
         path: of the `.safetensors` file; its folder is made.
         state: name -> tensor, on any device.
         config: the network's resolved configuration; its `name` is the system.
-        dtype: floating-point tensors are stored in it; None keeps theirs.
+        dtype: floating-point tensors are stored in it, but for the statistics of batch norms: a variance can be beyond
+            float16. None keeps theirs.
         source: the official checkpoint that the state comes from.
 
     Raises:
         PerceptionError: a value is not finite, in `dtype`.
     """
     stored = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        name: tensor.detach().to("cpu", None if _keeps_dtype(name, tensor) else dtype).contiguous()
         for name, tensor in state.items()
     }
     _check_finite(stored, path, f"a value overflows {dtype}, or the training diverged" if dtype else "retrain")
@@ -129,6 +130,10 @@ def write_weights(
     part = path.with_name(path.name + ".part")
     part.write_bytes(save(stored, {"manifest": manifest.model_dump_json()}))
     part.replace(path)
+
+
+def _keeps_dtype(name: str, tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from perception.config import Config
 from perception.datasets import open_dataset
@@ -35,7 +35,7 @@ def train(
     minutes: float | None = None,
     report: Report = lambda line: None,
 ) -> bool:
-    """Train, and write `weights.safetensors` (parameters in float16), `checkpoint.pt` and the log into `folder`.
+    """Train, and write `weights.safetensors` (float16), `checkpoint.pt` and the log into `folder`.
 
     Args:
         config: network and training.
@@ -82,12 +82,6 @@ def _network(config: Config) -> nn.Module:
         if parameter.ndim == 4:  # a GPU's convolutions and batch norms are faster with the channels last
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return made
-
-
-def _compact(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters in float16; the norms' statistics as they are: a variance can be beyond it."""
-    learnt = {name for name, _ in network.named_parameters()}
-    return {name: value.half() if name in learnt else value for name, value in state.items()}
 
 
 def _source(config: Config, place: Place) -> Dataset | CityConfig:
