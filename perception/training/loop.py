@@ -1,20 +1,15 @@
-"""The training loop: one process a GPU, bfloat16 where asked for, checkpoints, a clean stop.
-
-While one batch is learnt from, a thread makes tensors and targets of the next ones, on a stream of its own.
-"""
+"""The training loop: one process a GPU, bfloat16 where asked for, checkpoints, a clean stop."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from perception.errors import ConfigError, PerceptionError
+from perception.errors import ConfigError
 from perception.synthetic.stream import Pair
 from perception.training.checkpoint import (
     Checkpoint,
@@ -33,12 +28,11 @@ from perception.training.checkpoint import (
 )
 from perception.training.config import TrainingConfig
 from perception.training.distributed import Place
+from perception.training.log import Log, Progress
 from perception.training.optimiser import freeze, make_optimiser, schedule, training_mode
+from perception.training.prefetch import Prefetcher
 from perception.types import Needs, Sample, Truth
 from perception.weights import load_state
-
-_AHEAD = 2
-"""Batches that are encoded before their turn."""
 
 
 class Trainable(Protocol):
@@ -57,29 +51,6 @@ class Trainable(Protocol):
     def loss(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Weighted terms, whose sum is minimised."""
         ...
-
-
-class Progress(NamedTuple):
-    """A line of the log: means since the line before."""
-
-    step: int
-    losses: dict[str, float]
-    gradient_norm: float
-    lr_factor: float
-    samples_per_s: float
-    waiting_share: float
-    """Of the time, how much was spent waiting for data."""
-    memory_gib: float
-    overflows: int
-    """Steps of the whole run so far that were left out, because something in them was not finite."""
-
-    def __str__(self) -> str:
-        terms = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
-        return (
-            f"step {self.step}  loss {sum(self.losses.values()):.3f}  {self.samples_per_s:.1f} samples/s, "
-            f"{100 * self.waiting_share:.0f} % waiting  gradient {self.gradient_norm:.2f}  lr x{self.lr_factor:.3g}  "
-            f"{self.memory_gib:.1f} GiB  {terms}" + (f"  {self.overflows} steps left out" if self.overflows else "")
-        )
 
 
 class Training:
@@ -147,14 +118,15 @@ class Training:
         start = time.monotonic()
         end = start + 60 * minutes if minutes is not None else float("inf")
         training_mode(self.network, config.fixed_statistics)
-        with _stop_asked_for() as stop, _Log(self) as log, _Ahead(self.network, batches, self.place.device) as ready:
+        log = Log(self.folder, config, self.place, self._report)
+        with _stop_asked_for() as stop, log, Prefetcher(self.network, batches, self.place.device) as ready:
             while (share := self._share(start)) < 1:
                 began = time.monotonic()
                 inputs, targets = next(ready)
                 waited = time.monotonic() - began
                 losses, norm, factor = self._learn(inputs, targets, share)
                 self.step += 1
-                log.add(losses, norm, factor, waited)
+                log.add(self.step, losses, norm, factor, waited, self.overflows)
                 done = self.place.any(stop.is_set() or time.monotonic() > end or self._share(start) >= 1)
                 if done or self.step % config.checkpoint_every == 0:
                     self.save()
@@ -234,65 +206,6 @@ def _copy(to: list[Tensor], source: list[Tensor]) -> None:
         torch._foreach_copy_(to, source)
 
 
-class _Ahead:
-    """The encoded batches, made by a thread on a stream of its own."""
-
-    def __init__(self, network: nn.Module, batches: Iterator[list[Pair]], device: torch.device) -> None:
-        self._network, self._batches, self._device = network, batches, device
-        self._ready: queue.Queue[Any] = queue.Queue(_AHEAD)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="encode", daemon=True)
-
-    def __enter__(self) -> _Ahead:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):  # a thread that waits for a place in the queue gets one
-                self._ready.get(timeout=0.05)
-
-    def __next__(self) -> tuple[Any, Any]:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        encoded, made = item
-        if made is not None:
-            here = torch.cuda.current_stream(self._device)
-            here.wait_event(made)
-            _keep_for(encoded, here)
-        return encoded
-
-    def _work(self) -> None:
-        try:
-            stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-            with torch.cuda.stream(stream):
-                for batch in self._batches:
-                    samples, truths = zip(*batch, strict=True)
-                    with torch.no_grad():
-                        encoded = self._network.encode(samples), self._network.encode_targets(samples, truths)  # type: ignore[operator]
-                    self._ready.put((encoded, stream.record_event() if stream else None))
-                    if self._closed.is_set():
-                        return
-            raise PerceptionError("training: the data ended", "give batches without end")
-        except BaseException as error:  # told to whoever waits
-            self._ready.put(error)
-        finally:
-            if hasattr(self._batches, "close"):
-                self._batches.close()
-
-
-def _keep_for(values: Any, stream: torch.cuda.Stream) -> None:
-    """Tell the allocator that the tensors in nested tuples are used on a stream beside the one that made them."""
-    if isinstance(values, Tensor):
-        if values.is_cuda:
-            values.record_stream(stream)
-    elif isinstance(values, tuple | list):
-        for value in values:
-            _keep_for(value, stream)
-
-
 @contextlib.contextmanager
 def _stop_asked_for() -> Iterator[threading.Event]:
     """Set by SIGTERM or SIGINT while the block runs; the step under way is finished."""
@@ -310,79 +223,3 @@ def _stop_asked_for() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Log:
-    """Means of the losses, to log.jsonl and TensorBoard. One wait for the device a line."""
-
-    def __init__(self, training: Training) -> None:
-        self._training = training
-        self._sums: Tensor | None = None
-        self._names: list[str] = []
-        self._steps, self._waited, self._since = 0, 0.0, time.monotonic()
-
-    def __enter__(self) -> _Log:
-        training = self._training
-        self._board = _board(training.folder) if training.config.tensorboard and training.place.leads else None
-        training.folder.mkdir(parents=True, exist_ok=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._board is not None:
-            self._board.close()
-
-    def add(self, losses: dict[str, Tensor], norm: Tensor, factor: float, waited: float) -> None:
-        """Count a step; write a line where one is due."""
-        training = self._training
-        values = torch.stack([*(term.detach().float() for term in losses.values()), norm.float()])
-        self._sums = values if self._sums is None else self._sums + values
-        self._names, self._steps, self._waited = list(losses), self._steps + 1, self._waited + waited
-        if training.step % training.config.log_every:
-            return
-        *means, norm_mean = training.place.mean(self._sums / self._steps).tolist()
-        self._check(dict(zip(self._names, means, strict=True)))
-        now = time.monotonic()
-        samples = self._steps * training.config.batch_size * training.place.count
-        device = training.place.device
-        progress = Progress(
-            training.step,
-            dict(zip(self._names, means, strict=True)),
-            norm_mean,
-            factor,
-            samples / (now - self._since),
-            self._waited / (now - self._since),
-            torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
-            training.overflows,
-        )
-        self._sums, self._steps, self._waited, self._since = None, 0, 0.0, now
-        if training.place.leads:
-            self._write(progress)
-
-    def _check(self, losses: dict[str, float]) -> None:
-        wrong = [name for name, value in losses.items() if not abs(value) < float("inf")]
-        if wrong:
-            raise PerceptionError(
-                f"training: step {self._training.step}: {', '.join(wrong)} is not finite",
-                f"lower training.optimiser.lr and resume from {self._training.checkpoint_path}",
-            )
-
-    def _write(self, progress: Progress) -> None:
-        with (self._training.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(progress._asdict()) + "\n")
-        if self._board is not None:
-            for name, value in progress.losses.items():
-                self._board.add_scalar(f"loss/{name}", value, progress.step)
-            for name in ("gradient_norm", "lr_factor", "samples_per_s"):
-                self._board.add_scalar(name, getattr(progress, name), progress.step)
-        self._training._report(progress)
-
-
-def _board(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise PerceptionError(
-            f"TensorBoard cannot be imported: {error}",
-            "pip install 'perception[train]', or set training.tensorboard to false",
-        ) from error
-    return SummaryWriter(str(folder))

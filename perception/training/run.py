@@ -19,7 +19,8 @@ from perception.synthetic.city import CityConfig
 from perception.training.config import TrainConfig
 from perception.training.data import batches
 from perception.training.distributed import Place, joined
-from perception.training.loop import Progress, Training
+from perception.training.log import Progress
+from perception.training.loop import Training
 from perception.types import Dataset, Needs
 from perception.weights import read_fitting, write_weights
 
