@@ -254,7 +254,7 @@ def convert(
 ) -> None:
     """Bring an official checkpoint to our names and layouts; every tensor is mapped, or dropped with a reason."""
     from perception.tables import conversion_table
-    from perception.weights import convert_weights
+    from perception.weights_conversion import convert_weights
 
     out.print(conversion_table(convert_weights(system, file, path, config)))
     out.print(f"wrote {path}", soft_wrap=True, highlight=False)

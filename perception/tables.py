@@ -14,7 +14,7 @@ from perception.evaluation.detection import DetectionScore
 from perception.evaluation.localization import LocalizationScore
 from perception.evaluation.occupancy import OccupancyScore
 from perception.inspection import Row
-from perception.weights import ConversionReport
+from perception.weights_conversion import ConversionReport
 
 _STYLE = {"ok": "green", "off": "dim", "warn": "yellow", "fail": "bold red"}
 

@@ -1,23 +1,18 @@
-"""Weights files: safetensors with a manifest, loaded strictly; official checkpoints converted to them.
+"""Weights files: safetensors with a manifest, loaded strictly.
 
 The manifest, JSON under `manifest` in the file's metadata, says of which system the weights are, with which resolved
 configuration, by which version of this package they were written, and which file they were converted from. safetensors
-holds plain tensors: nothing in it is ever executed. Official checkpoints are pickles; they are read by torch's
-restricted unpickler, which makes nothing but tensors, containers and the few harmless types of `_HARMLESS`.
+holds plain tensors: nothing in it is ever executed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
@@ -25,20 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import perception
-from perception.config import Config, read_yaml
-from perception.errors import ConfigError, DataError, PerceptionError
-
-CONVERTERS = {"sparsefusion": "perception.networks.sparsefusion:SparseFusion"}
-"""System with official checkpoints -> module:Class; the module `official` beside it knows their keys and layouts."""
-
-# What mmcv's checkpoints hold beside tensors and containers: numbers of numpy.
-_HARMLESS: list[Any] = [
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(t)) for t in (np.bool_, np.int32, np.int64, np.float32, np.float64)),
-    *((np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar") for core in ("numpy.core", "numpy._core")),
-    *((np.zeros(0).__reduce__()[0], f"{core}.multiarray._reconstruct") for core in ("numpy.core", "numpy._core")),
-]
+from perception.config import Config
+from perception.errors import DataError
 
 
 class WeightsProvenance(Config):
@@ -228,112 +211,7 @@ class Misfit(NamedTuple):
     def __str__(self) -> str:
         shapes = [f"{name} {given} for {own}" for name, (given, own) in self.misshaped.items()]
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
-        return "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names)
-
-
-class ConversionReport(NamedTuple):
-    """What became of an official checkpoint's tensors.
-
-    Attributes:
-        config: the configuration that it belongs to.
-        mapped: official key -> ours.
-        dropped: official key -> why.
-        layout: of its sparse kernels.
-        source: the checkpoint.
-    """
-
-    config: Config
-    mapped: dict[str, str]
-    dropped: dict[str, str]
-    layout: str
-    source: WeightsProvenance
-
-    def dropped_by_reason(self) -> dict[str, list[str]]:
-        """Reason -> official keys."""
-        reasons: dict[str, list[str]] = {}
-        for key, reason in self.dropped.items():
-            reasons.setdefault(reason, []).append(key)
-        return reasons
-
-
-def convert_weights(system: str, path: Path, out: Path, config: Path | None = None) -> ConversionReport:
-    """Convert an official checkpoint (mmcv's .pth) to a weights file.
-
-    Args:
-        system: one of CONVERTERS.
-        path: the checkpoint.
-        out: the file to write.
-        config: a YAML file whose `predictor` it belongs to; None takes the released one that its keys tell.
-
-    Raises:
-        DataError: it is no such checkpoint, or does not fit; the tensors are named.
-    """
-    network_class, official = _converter(system)
-    state = read_checkpoint(path)
-    try:
-        settings = official.detect_config(state) if config is None else _predictor_config(config, system)
-        converted = official.convert(state, settings)
-    except DataError as error:
-        raise DataError(f"{path}: {error.what}", error.do) from error
-    misfit = Misfit.of(network_class(settings), converted.state)
-    if misfit:
-        raise DataError(
-            f"{path} does not fit the network of its configuration: {misfit}",
-            "give the released file, or with --config the configuration that it was trained with",
-        )
-    source = WeightsProvenance.of_file(path)
-    write_weights(out, converted.state, settings, source=source)
-    return ConversionReport(settings, converted.mapped, converted.dropped, converted.layout, source)
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The `state_dict` of an mmcv checkpoint {meta, state_dict, optimizer}, read without unpickling code.
-
-    Raises:
-        DataError: it cannot be read, holds other than plain data, or has no state.
-    """
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}", "give the path of the checkpoint") from error
-    except Exception as error:  # torch raises what its parts raise: zip, pickle, struct
-        raise DataError(f"{path}: {_why_unreadable(error)}", "give the file as its authors released it") from error
-    state = data.get("state_dict") if isinstance(data, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        kind = f"keys {_some([str(key) for key in data])}" if isinstance(data, Mapping) else type(data).__name__
-        raise DataError(
-            f"{path}: no checkpoint of mmcv, which has meta, state_dict and optimizer: this one has {kind}",
-            "give the file as its authors released it",
-        )
-    return dict(state)
-
-
-def _why_unreadable(error: Exception) -> str:
-    """torch's own message, without its advice to load the file unsafely."""
-    text = str(error)
-    if found := re.search(r"nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", text):
-        return f"it holds {found[1]}, which is neither a tensor nor plain data"
-    return f"not a whole file that torch wrote ({text.splitlines()[0] if text else type(error).__name__})"
-
-
-def _converter(system: str) -> tuple[type[nn.Module], ModuleType]:
-    if system not in CONVERTERS:
-        raise PerceptionError(
-            f"{system!r} has no official checkpoints to convert", f"systems that have: {', '.join(CONVERTERS)}"
-        )
-    package, _, name = CONVERTERS[system].partition(":")
-    network_class: type[nn.Module] = getattr(import_module(package), name)
-    return network_class, import_module(f"{package}.official")
-
-
-def _predictor_config(path: Path, system: str) -> Config:
-    from perception.predictor import predictor_config
-
-    config = predictor_config(read_yaml(path).get("predictor", {}), str(path))
-    if config.name != system:  # type: ignore[attr-defined]
-        raise ConfigError(f"{path}: its predictor is not {system}", "give a configuration of the checkpoint's system")
-    return config
+        return "; ".join(f"{len(names)} {kind}: {some_of(names)}" for kind, names in kinds if names)
 
 
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], Manifest]:
@@ -359,8 +237,9 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], Manifest]:
 def _check_finite(state: Mapping[str, Tensor], path: Path, do: str) -> None:
     broken = [n for n, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
-        raise DataError(f"{path}: values of {len(broken)} tensors are not finite: {_some(broken)}", do)
+        raise DataError(f"{path}: values of {len(broken)} tensors are not finite: {some_of(broken)}", do)
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first five, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

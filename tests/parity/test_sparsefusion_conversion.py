@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from perception import cli
 from perception.errors import DataError, PerceptionError
 from perception.networks.sparsefusion import SparseFusion, SparseFusionConfig
-from perception.weights import convert_weights, load_weights, read_manifest, read_weights
+from perception.weights import load_weights, read_manifest, read_weights
+from perception.weights_conversion import convert_weights
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

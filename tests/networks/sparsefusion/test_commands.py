@@ -21,7 +21,8 @@ from perception.predict import load_jobs, predict, write
 from perception.predictor import NetworkPredictor, load_network, load_predictor, predictor_config
 from perception.synthetic.demo import demo_bag
 from perception.types import Sample
-from perception.weights import WeightsProvenance, convert_weights, read_weights, write_weights
+from perception.weights import WeightsProvenance, read_weights, write_weights
+from perception.weights_conversion import convert_weights
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TINY = tiny_sparsefusion()
