@@ -16,7 +16,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         step: steps made.
-        config: JSON of the configuration.
+        config: JSON of the settings that must be the same to go on, of predictor and training.
         network, average, optimiser: their states; `average` is empty without a moving average.
         generators: states of torch's random generators, by process: of the CPU, and of the GPU where there is one.
     """

@@ -75,7 +75,9 @@ class TrainingConfig(Config):
         stream: of the city.
         augment: None changes nothing.
         steps: optimiser steps; `batch_size` samples a step in each process.
-        minutes: the schedule ends after so long where the steps take longer: rates fall with the time that is left.
+        minutes: length of the schedule where the steps take longer: rates fall with the time that is left, and a
+            training is at its end when it has run out. A command's --minutes is another thing: it breaks a training off
+            with the schedule wherever it is, to go on later.
         workers: processes of each training process that read, simulate and augment; 0 is a thread of itself.
         weights: files that parameters are taken from before the first step, those that are there and fit; the rest
             stays as it was initialised, and a report says how much. Later files win.

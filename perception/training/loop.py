@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from perception.config import Config
 from perception.errors import ConfigError
 from perception.synthetic.stream import Pair
 from perception.training.checkpoint import (
@@ -61,6 +63,7 @@ class Training:
         config: how.
         place: of this process.
         folder: for checkpoint and logs.
+        predictor: settings of the network, which a checkpoint keeps beside `config`.
         resume: go on from the folder's checkpoint; ConfigError where its configuration is another one, DataError where
             its network is.
         report: called with each line of the log, in the leading process.
@@ -73,10 +76,12 @@ class Training:
         place: Place,
         folder: Path,
         *,
+        predictor: Config | None = None,
         resume: bool = False,
         report: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.network, self.config, self.place, self.folder, self._report = network, config, place, folder, report
+        self._predictor = predictor
         self.step, self.overflows = 0, 0
         torch.manual_seed(config.seed + place.rank)  # dropout; the network was initialised by the caller
         freeze(network, config.freeze)
@@ -104,7 +109,7 @@ class Training:
         return trained.state_dict()
 
     def run(self, batches: Iterator[list[Pair]], minutes: float | None = None) -> bool:
-        """Train to the last step, until `minutes` have passed, or until SIGTERM or SIGINT asks to stop.
+        """Train to the schedule's end, or break off after `minutes` or where SIGTERM or SIGINT asks for it.
 
         A checkpoint is written in each case.
 
@@ -182,12 +187,13 @@ class Training:
 
     def _resume(self) -> None:
         there = read_checkpoint(self.checkpoint_path)
-        if there.config != self._identity() or len(there.generators) != self.place.count:
-            raise ConfigError(
-                f"{self.checkpoint_path}: of another configuration, or of {len(there.generators)} processes where "
-                f"{self.place.count} run",
-                "resume with what the training was started with, or name the weights in training.weights",
-            )
+        do = "resume with what the training was started with, or name the weights in training.weights"
+        if there.config != self._identity():
+            names = _differing(json.loads(there.config), json.loads(self._identity()))
+            raise ConfigError(f"{self.checkpoint_path}: of another configuration, by {', '.join(names)}", do)
+        if len(there.generators) != self.place.count:
+            count = len(there.generators)
+            raise ConfigError(f"{self.checkpoint_path}: of {count} processes where {self.place.count} run", do)
         load_state(self.network, there.network, str(self.checkpoint_path))
         self.optimiser.load_state_dict(there.optimiser)
         if self.average is not None:
@@ -196,8 +202,22 @@ class Training:
         self.step = there.step
 
     def _identity(self) -> str:
-        """What must be the same to go on; how often to write may differ."""
-        return self.config.model_dump_json(exclude={"log_every", "checkpoint_every", "tensorboard", "workers"})
+        """What must be the same to go on, as JSON; how often to write may differ."""
+        free = {"log_every", "checkpoint_every", "tensorboard", "workers"}
+        predictor = {} if self._predictor is None else self._predictor.model_dump(mode="json", exclude={"weights"})
+        return json.dumps({"predictor": predictor, "training": self.config.model_dump(mode="json", exclude=free)})
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the settings that differ: `training.optimiser.lr`."""
+    names = []
+    for name in sorted({*one, *other}):
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += _differing(a, b, f"{prefix}{name}.")
+        elif a != b:
+            names.append(prefix + name)
+    return names
 
 
 @torch.no_grad()

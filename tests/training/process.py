@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from stand_in import Centroid, Shapes
+from stand_in import Centroid, Overflowing, Shapes
 
 from perception.synthetic.city import CityConfig
 from perception.training.config import OptimiserConfig, TrainingConfig
@@ -19,6 +19,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--overflow", action="store_true", help="in the second process")
     arguments = parser.parse_args()
     config = TrainingConfig(
         data=CityConfig(),
@@ -32,6 +33,8 @@ if __name__ == "__main__":
     with joined("cpu") as place:
         torch.manual_seed(0)
         network = Centroid(normalised=False, dropout=0.0)
+        if arguments.overflow:
+            network = Centroid() if place.leads else Overflowing("statistics")
         training = Training(
             network,
             config,

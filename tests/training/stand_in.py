@@ -50,17 +50,36 @@ class Centroid(nn.Module):
         return {"x": error[:, 0].square().mean(), "y": 0.5 * error[:, 1].square().mean()}
 
 
+class Overflowing(Centroid):
+    """In its second step the gradient overflows, or what its norm takes in of the batch while all else is finite."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.steps = what, 0
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        self.steps += 1
+        scale = 1e25 if self.steps == 2 and self.what == "statistics" else 1.0  # its square is infinite
+        return super().forward(inputs._replace(means=inputs.means * scale))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        terms = super().loss(outputs, targets)
+        if self.steps == 2 and self.what == "gradient":  # a finite loss with an infinite slope
+            terms["x"] = terms["x"] + (outputs.sum() * 0).abs().sqrt()
+        return terms
+
+
 class Shapes:
     """A Dataset: sample i has its points and boxes around its own place; class 0 is in every sample, class 9 in one."""
 
-    def __init__(self, size: int = 12) -> None:
-        self.tokens = [f"s{i}" for i in range(size)]
+    def __init__(self, size: int = 12, points: int = 50) -> None:
+        self.tokens, self._points = [f"s{i}" for i in range(size)], points
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, i: int) -> Sample:
-        points = cloud(points=50, seed=i)
+        points = cloud(points=self._points, seed=i)
         moved = replace(points, xyz=points.xyz * 0.01 + np.array([0.5 * i, 1.0, 0.0], np.float32))
         return Sample(i, {"top": moved}, {}, {"front": camera()}, token=self.tokens[i])
 

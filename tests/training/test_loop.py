@@ -12,8 +12,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from stand_in import Centroid, Shapes
+from stand_in import Centroid, Overflowing, Shapes
 
+from perception.config import Config
 from perception.errors import ConfigError, DataError, PerceptionError
 from perception.synthetic.city import CityConfig
 from perception.training.config import OptimiserConfig, TrainingConfig
@@ -118,25 +119,6 @@ def test_bfloat16_learns_in_float32_weights(tmp_path):
     assert training.network.head.weight.dtype == torch.float32
 
 
-class Overflowing(Centroid):
-    """In its second step the gradient overflows, or what its norm takes in of the batch while all else is finite."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.what, self.steps = what, 0
-
-    def forward(self, inputs):
-        self.steps += 1
-        scale = 1e25 if self.steps == 2 and self.what == "statistics" else 1.0  # its square is infinite
-        return super().forward(inputs._replace(means=inputs.means * scale))
-
-    def loss(self, outputs, targets):
-        terms = super().loss(outputs, targets)
-        if self.steps == 2 and self.what == "gradient":  # a finite loss with an infinite slope
-            terms["x"] = terms["x"] + (outputs.sum() * 0).abs().sqrt()
-        return terms
-
-
 @pytest.mark.parametrize("what", ["gradient", "statistics"])
 def test_a_step_that_overflows_leaves_no_trace_but_its_count(tmp_path, what):
     seen, states = [], []
@@ -157,8 +139,9 @@ def test_a_step_that_overflows_leaves_no_trace_but_its_count(tmp_path, what):
 
 def test_failures_say_what_and_where(tmp_path):
     run(start(tmp_path, config(3)))
-    with pytest.raises(ConfigError, match=r"checkpoint.pt: of another configuration"):
-        start(tmp_path, config(3, batch_size=4), resume=True)
+    other = config(3, batch_size=4, optimiser=OptimiserConfig(lr=1e-3, clip_norm=10))
+    with pytest.raises(ConfigError, match=r"pt: of another configuration, by training.batch_size, training.opti\w+.lr"):
+        start(tmp_path, other, resume=True)
     start(tmp_path, config(3, log_every=2), resume=True)  # how often to write may differ
     with pytest.raises(DataError, match=r"checkpoint.pt does not fit the network: .* unexpected: norm.weight"):
         start(tmp_path, config(3), resume=True, normalised=False)
@@ -175,6 +158,23 @@ def test_failures_say_what_and_where(tmp_path):
 
     with pytest.raises(PerceptionError, match=r"step 1: x is not finite\n.*lower training.optimiser.lr"):
         run(Training(Endless(), config(3), ALONE, tmp_path))
+
+
+def test_a_training_of_another_network_is_not_resumed(tmp_path):
+    class NetworkConfig(Config):
+        dropout: float = 0.1
+        weights: Path | None = None
+
+    def begin(resume: bool, **settings) -> Training:
+        predictor = NetworkConfig(**settings)
+        return Training(
+            Centroid(dropout=predictor.dropout), config(3), ALONE, tmp_path, predictor=predictor, resume=resume
+        )
+
+    run(begin(resume=False))
+    with pytest.raises(ConfigError, match=r"pt: of another configuration, by predictor.dropout\n.*was started with"):
+        begin(resume=True, dropout=0.3)
+    begin(resume=True, weights=Path("elsewhere"))  # not what a training begins with
 
 
 def test_tensorboard_gets_every_term(tmp_path):
@@ -203,6 +203,14 @@ def test_two_processes_learn_what_one_with_the_whole_batch_does(tmp_path):
         torch.testing.assert_close(two["network"][name], value, rtol=1e-5, atol=1e-6)
     for a, b in zip(losses(tmp_path / "1"), losses(tmp_path / "2"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_step_that_overflows_in_one_process_is_left_out_in_all(tmp_path):
+    assert launch(2, tmp_path, "--overflow").wait(120) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]  # of the other process
+    assert [line["overflows"] for line in lines] == [0, *[1] * 7]
+    there = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in there["network"].values())
 
 
 @pytest.mark.slow
