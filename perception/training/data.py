@@ -6,10 +6,12 @@ as if it had never stopped. The city has no such places: taken up again, it goes
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
 import pickle
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,8 +135,15 @@ class Order:
         return rng.permutation(np.concatenate(drawn))
 
 
-def class_groups(dataset: Dataset) -> list[list[int]]:
-    """For each class that the data set's truth has: the samples with a box of it, with a LiDAR point where counted."""
+def class_groups(dataset: Dataset, classes: Collection[str] | None = None) -> list[list[int]]:
+    """For each class that the data set's truth has: the samples with a box of it, with a LiDAR point where counted.
+
+    Args:
+        classes: only these; None takes all.
+
+    Raises:
+        DataError: there is no such box.
+    """
     groups: dict[str, list[int]] = {}
     for i in range(len(dataset)):
         truth = dataset.truth(i)
@@ -142,10 +151,14 @@ def class_groups(dataset: Dataset) -> list[list[int]]:
             continue
         boxes = truth.boxes
         label = boxes.label if boxes.num_points is None else boxes.label[boxes.num_points > 0]
-        for k in np.unique(label):
-            groups.setdefault(boxes.classes[k], []).append(i)
+        for name in (boxes.classes[k] for k in np.unique(label)):
+            if classes is None or name in classes:
+                groups.setdefault(name, []).append(i)
     if not groups:
-        raise DataError("class_balanced: no sample of the data set has a box", "train on a split that has truth")
+        which = "" if classes is None else f" of {', '.join(classes)}"
+        raise DataError(
+            f"class_balanced: no sample of the data set has a box{which}", "train on a split that has such truth"
+        )
     return [groups[name] for name in sorted(groups)]
 
 
@@ -225,15 +238,20 @@ def _for_any(sample: Sample, truth: Truth) -> Pair:
 
 
 def batches(
-    config: TrainingConfig, dataset: Dataset | CityConfig, needs: Needs, place: Place, first_step: int
+    config: TrainingConfig,
+    dataset: Dataset | CityConfig,
+    needs: Needs,
+    place: Place,
+    first_step: int,
+    classes: Collection[str] | None = None,
 ) -> Iterator[list[Pair]]:
-    """Batches of this process without end, from a step on."""
+    """Batches of this process without end, from a step on; the network's classes, where known, are what is balanced."""
     if isinstance(dataset, CityConfig):
         city = dataset.model_copy(update={"seed": dataset.seed + first_step})
         source: Any = CityStream(city, needs, config.stream, config.augment, config.seed + first_step, place)
         order = None
     else:
-        groups = class_groups(dataset) if config.class_balanced else None
+        groups = class_groups(dataset, classes) if config.class_balanced else None
         order = Order(len(dataset), groups, config.seed, place, first_step * config.batch_size)
         source = Augmented(dataset, needs, config.augment, config.seed)
     loader = DataLoader(
@@ -245,7 +263,7 @@ def batches(
         prefetch_factor=8 if config.workers else None,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else the loader's seed is drawn from dropout's
-        worker_init_fn=_leave_signals if config.workers else None,
+        worker_init_fn=_begin_worker if config.workers else None,
     )
     batch: list[Pair] = []
     for packed in loader:
@@ -259,7 +277,12 @@ def _as_it_is(packed: Any) -> Any:
     return packed
 
 
-def _leave_signals(worker: int) -> None:
-    """A signal to the whole group is the training process's to answer; it ends its workers when it has."""
+def _begin_worker(worker: int) -> None:
+    """Signals to the whole group are the training process's to answer; it ends its workers when it has.
+
+    A worker then goes at once. The thread that feeds its queue may be inside torch, and an interpreter that ends its
+    threads there aborts: "terminate called without an active exception".
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    atexit.register(os._exit, 0)

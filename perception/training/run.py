@@ -43,7 +43,7 @@ def train(
         folder: for all files.
         device: `cuda` is this process's own GPU under torchrun.
         resume: go on from the folder's checkpoint.
-        minutes: stop after so long, with a checkpoint.
+        minutes: break off after so long, with a checkpoint; not the schedule's `training.minutes`.
         report: called in the leading process with what happens.
 
     Returns:
@@ -58,11 +58,14 @@ def train(
         network = _network(config.predictor).to(place.device)
         for path in config.training.weights:
             tell(f"{path}: {read_fitting(network, path)}")
-        training = Training(network, config.training, place, folder, resume=resume, report=tell)
+        training = Training(
+            network, config.training, place, folder, predictor=config.predictor, resume=resume, report=tell
+        )
         tell(f"{sum(p.numel() for p in network.parameters()):,} parameters, from step {training.step}")
         source = _source(config.training.data, place)
         needs: Needs = network.needs  # type: ignore[assignment]  # Trainable
-        stream = batches(config.training, source, needs, place, training.step)
+        classes = getattr(config.predictor, "classes", None)
+        stream = batches(config.training, source, needs, place, training.step, classes)
         done = training.run(stream, minutes)
         if place.leads:
             path = folder / "weights.safetensors"

@@ -64,6 +64,17 @@ def test_classes_count_only_where_a_point_shows_them():
     assert class_groups(Unseen(5)) == [list(range(5))]
 
 
+def test_only_the_networks_classes_are_balanced():
+    common, rare = boxes().classes[0], boxes().classes[9]
+    assert len(class_groups(Shapes(5))) == 2
+    assert class_groups(Shapes(5), [rare, "unheard of"]) == [[3]]
+    drawn = next(batches(config(class_balanced=True), Shapes(5), NEEDS, ALONE, 0, [rare]))
+    assert [sample.token for sample, _ in drawn] == ["s3"] * 3
+    assert class_groups(Shapes(3), [common, rare]) == [[0, 1, 2]]
+    with pytest.raises(DataError, match="has a box of unheard of"):
+        class_groups(Shapes(5), ["unheard of"])
+
+
 def test_a_packed_pair_comes_out_as_it_went_in():
     sample = Sample(5, {"top": cloud(points=33)}, {}, {"front": camera(31, 7)}, token="t")
     opened, truth = Packed((sample, Truth(boxes()))).open()
@@ -98,6 +109,16 @@ def test_batches_depend_on_the_step_alone(workers):
         np.testing.assert_array_equal(a[0].cameras["front"].rgb, b[0].cameras["front"].rgb)
         np.testing.assert_array_equal(a[1].boxes.center, b[1].boxes.center)
     assert not np.array_equal(start[0][0][1].boxes.center, Shapes().truth(0).boxes.center)  # augmented
+
+
+def test_workers_end_without_a_word(capfd):
+    """Broken off while they hand over samples of some megabytes."""
+    for count in (1, 3):
+        stream = batches(config(workers=2), Shapes(points=200_000), NEEDS, ALONE, 0)
+        for _ in range(count):
+            next(stream)
+        stream.close()
+    assert "terminate called" not in (said := capfd.readouterr().err) and "Aborted" not in said
 
 
 def test_a_sample_without_truth_is_an_error():
