@@ -112,7 +112,8 @@ def _fast(network: SparseFusion, fast: FastForward, sample: Sample) -> Stages:
     cells = fast.visible_cells(inputs)
     levels = None if inputs.images is None else fast.levels(inputs.images)
     bev = None if network.lidar is None else fast.bev(inputs)
-    stages: Stages = {"encode: points to voxels, images to the canvas": lambda: network.encode([sample])}
+    encoder = network.encoder
+    stages: Stages = {"encode: points to voxels, images to the canvas": lambda: fast.encode(encoder, [sample])}
     if inputs.images is not None:
         images = inputs.images
         stages["image branch"] = lambda: fast.levels(images)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -150,17 +151,31 @@ def _group(points: Tensor, grid: VoxelGrid) -> _Groups:
 
 def _keys(points: Tensor, grid: VoxelGrid) -> Tensor:
     """(N,) int64 linear index (x * Y + y) * Z + z of each point's voxel; X * Y * Z outside the grid."""
-    # min and size are tensors on the device: CUDA would multiply by the reciprocal of a scalar and round differently.
-    # They are filled there: a copy would make the host wait.
-    corner, size = (
-        torch.stack([points.new_full((), v) for v in values]) for values in (grid.min_corner, grid.voxel_size)
+    corner, size, shape = _bounds(
+        tuple(grid.min_corner), tuple(grid.voxel_size), tuple(grid.shape), points.dtype, points.device
     )
     cell = torch.floor((points[:, :3] - corner) / size)
     # Tested as floats: a far or non-finite value would wrap around when cast.
-    inside = torch.stack([(cell[:, i] >= 0) & (cell[:, i] < n) for i, n in enumerate(grid.shape)]).all(0)
+    inside = ((cell >= 0) & (cell < shape)).all(1)
     x, y, z = torch.where(inside[:, None], cell, 0).long().unbind(1)
     keys = (x * grid.shape[1] + y) * grid.shape[2] + z  # int64: grids of 2^31 voxels fit
     return torch.where(inside, keys, math.prod(grid.shape))
+
+
+@lru_cache(maxsize=64)
+def _bounds(
+    min_corner: tuple[float, ...],
+    voxel_size: tuple[float, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A grid's numbers as tensors: CUDA would multiply by the reciprocal of a scalar size and round differently.
+
+    Kept, since to copy them to a device each time would make the host wait for it.
+    """
+    corner, size, cells = (torch.tensor(v, dtype=dtype, device=device) for v in (min_corner, voxel_size, shape))
+    return corner, size, cells
 
 
 def _unravel(key: Tensor, grid: VoxelGrid) -> Tensor:

@@ -143,17 +143,13 @@ def suppressed(center: Array, score: Array, label: Array, radius_squared: Array)
     out = np.zeros(len(center), bool)
     for kind in np.flatnonzero(radius_squared >= 0):  # class by class: tables of all pairs are small then
         at = np.flatnonzero(label == kind)
-        dx, dy = (axis[:, None] - axis for axis in center[at].T)
-        near = dx * dx + dy * dy <= radius_squared[kind]
-        better, worse = np.nonzero(near & (score[at][:, None] > score[at]))
-        stays = np.ones(len(at), bool)
+        (x, y), s = center[at].T, score[at]
+        dx, dy = x[:, None] - x, y[:, None] - y
+        beats = (dx * dx + dy * dy <= radius_squared[kind]) & (s[:, None] > s)  # row beats column
+        stays = ~beats.any(0)
         # Whether a box stays depends on better ones alone: each round settles at least the best ones not yet settled.
-        while True:
-            stays_now = np.ones(len(at), bool)
-            stays_now[worse[stays[better]]] = False
-            if np.array_equal(stays_now, stays):
-                break
-            stays = stays_now
+        while not np.array_equal(stays, settled := ~beats[stays].any(0)):
+            stays = settled
         out[at] = ~stays
     return out
 

@@ -52,9 +52,14 @@ def absent_cameras(sample: Sample, roles: Sequence[str]) -> dict[str, Literal["m
     for role in roles:
         if role not in sample.cameras:
             absent[role] = "missing"
-        elif sample.cameras[role].rgb[::8].max() <= BLACK_LEVEL:
+        elif _shows_nothing(sample.cameras[role].rgb):
             absent[role] = "black"
     return absent
+
+
+def _shows_nothing(rgb: Array) -> bool:
+    """Whether every eighth row is black; a few pixels of nearly any image tell that it is not."""
+    return bool(rgb[::64, ::64].max() <= BLACK_LEVEL and rgb[::8].max() <= BLACK_LEVEL)
 
 
 class CanvasFit(NamedTuple):
@@ -94,12 +99,12 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def forward(self, samples: Sequence[Sample], images: Tensor | None = None) -> Inputs:
+    def forward(self, samples: Sequence[Sample], images: bool = True) -> Inputs:
         """A batch of samples.
 
         Args:
             samples: B of them.
-            images: what `all_images` gave for them, if it was asked before.
+            images: whether to encode the images too; the caller may do so apart, by `all_images`.
 
         Raises:
             DataError: a sample without the LiDAR, or a cloud without `intensity`.
@@ -112,9 +117,8 @@ class Encoder(nn.Module):
         if calibration is not None and with_lidar:
             key_sweeps = [p[: self._key_sweep(sample)] for p, sample in zip(points, samples, strict=True)]
             depth = torch.stack([self.sparse_depth(p, _of_sample(calibration, b)) for b, p in enumerate(key_sweeps)])
-        if images is None and with_cameras:
-            images = self.all_images(samples)
-        return Inputs(voxels, coordinates, height_min, height_max, images, depth, calibration, len(samples))
+        canvases = self.all_images(samples) if images and with_cameras else None
+        return Inputs(voxels, coordinates, height_min, height_max, canvases, depth, calibration, len(samples))
 
     # LiDAR
 
@@ -139,8 +143,11 @@ class Encoder(nn.Module):
     def _key_sweep(self, sample: Sample) -> int:
         """Points of the cloud that are the key sweep's: it comes first."""
         cloud = _cloud(sample, self.config)
-        lag = cloud.fields.get("time_lag")
-        return len(cloud) if lag is None or not lag.any() else int((lag != 0).argmax())
+        if "time_lag" not in cloud.fields or not len(cloud):
+            return len(cloud)
+        older = cloud.fields["time_lag"] != 0
+        first = int(older.argmax())
+        return first if older[first] else len(cloud)
 
     def _in_network_frame(self, cloud: PointCloud, sample: Sample) -> Array:
         if self.config.mounting is None:

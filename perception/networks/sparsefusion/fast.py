@@ -5,6 +5,7 @@
 * The sparse encoder runs on the Triton backend; only its sizes depend on the data.
 * The image branch, and all that follows the encoder, are CUDA graphs. The first runs beside the sparse encoder, whose
   many small kernels go before it. In the second what is done for the cameras alone runs beside what is for the LiDAR.
+* A second thread takes the images up: to copy 26 MB (six of 1600 x 900) takes the host 4 ms, and no lock of Python's.
 
 The host waits for the device once for each strided convolution of the encoder, since the number of its sites has to be
 known, and once for the number of BEV cells that a view sees.
@@ -13,7 +14,8 @@ known, and once for the number of BEV cells that a view sees.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -23,11 +25,13 @@ from torch import Tensor, nn
 from perception.networks.layers.attention import Attention, DeformableAttention
 from perception.networks.layers.cuda_graphs import CudaGraphs
 from perception.networks.layers.folding import fold_norms
+from perception.networks.sparsefusion.encode import Encoder
 from perception.networks.sparsefusion.head import Head
 from perception.networks.sparsefusion.image import ImageBranch
 from perception.networks.sparsefusion.lidar import LidarBranch
 from perception.networks.sparsefusion.tensors import Calibration, Inputs, Outputs
 from perception.networks.sparsefusion.transformer import FeedForward
+from perception.types import Sample
 
 _CELLS_STEP = 512
 """Numbers of visible cells are rounded up to it: each is a graph of its own."""
@@ -57,6 +61,7 @@ class FastForward:
         self._ahead = torch.cuda.Stream(priority=-1)
         self._beside = torch.cuda.Stream()
         self._cameras = torch.cuda.Stream()
+        self._thread = ThreadPoolExecutor(1, "images")
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
@@ -67,19 +72,30 @@ class FastForward:
             yield
         outside.wait_stream(self._ahead)
 
-    @torch.inference_mode()
-    def start(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Run the image branch beside what comes next on the current stream; `__call__` waits for its levels."""
-        self._beside.wait_stream(torch.cuda.current_stream())
-        images.record_stream(self._beside)  # their memory is not used anew before, should nobody wait for the levels
+    def encode(self, encoder: Encoder, samples: Sequence[Sample]) -> Inputs:
+        """What the encoder makes of the samples."""
+        if self._image is None:
+            return encoder(samples)
+        images = self._thread.submit(self._take_up, encoder, samples)
+        inputs: Inputs = encoder(samples, images=False)
+        inputs = inputs._replace(images=images.result())
+        torch.cuda.current_stream().wait_stream(self._beside)
+        return inputs
+
+    @torch.inference_mode()  # of this thread
+    def _take_up(self, encoder: Encoder, samples: Sequence[Sample]) -> Tensor:
         with torch.cuda.stream(self._beside):
-            return self.levels(images)
+            return encoder.all_images(samples)
 
     @torch.inference_mode()
-    def __call__(self, inputs: Inputs, levels: tuple[Tensor, ...] | None = None) -> Outputs:
-        """All predictions; `levels` are what `start` gave for the inputs' images, if it was asked before."""
-        if levels is None and inputs.images is not None:
-            levels = self.start(inputs.images)
+    def __call__(self, inputs: Inputs) -> Outputs:
+        """All predictions."""
+        levels = None
+        if inputs.images is not None:
+            self._beside.wait_stream(torch.cuda.current_stream())
+            inputs.images.record_stream(self._beside)  # wherever they were made
+            with torch.cuda.stream(self._beside):
+                levels = self.levels(inputs.images)
         cells = self.visible_cells(inputs)
         bev = None if self._lidar is None else self.bev(inputs)
         torch.cuda.current_stream().wait_stream(self._beside)

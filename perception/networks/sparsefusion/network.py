@@ -94,13 +94,10 @@ class SparseFusion(nn.Module):
         if self.config.modality == "camera" and len(absent_cameras(sample, cameras)) == len(cameras):
             return Boxes3D.empty(self.config.classes, sample.stamp_ns)
         with nullcontext() if self.fast is None else self.fast.ahead():
-            # On a GPU the image branch runs while the host copies the points.
-            images = self.encoder.all_images([sample]) if self.image is not None else None
-            levels = self.fast.start(images) if self.fast is not None and images is not None else None
-            inputs: Inputs = self.encoder([sample], images)
+            inputs = self.encode([sample]) if self.fast is None else self.fast.encode(self.encoder, [sample])
             if inputs.voxels is not None and not len(inputs.voxels):
                 return Boxes3D.empty(self.config.classes, sample.stamp_ns)
-            outputs: Outputs = self(inputs) if self.fast is None else self.fast(inputs, levels)
+            outputs: Outputs = self(inputs) if self.fast is None else self.fast(inputs)
             return self.decode(outputs, [sample])[0]
 
     def accelerate(self) -> None:

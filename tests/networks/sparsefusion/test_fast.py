@@ -13,6 +13,7 @@ import torch
 from builders import tiny_sparsefusion
 from networks.sparsefusion.test_network import sample
 
+from perception.errors import DataError
 from perception.networks.sparsefusion import SparseFusion
 from perception.networks.sparsefusion.boxes import last_layer
 from perception.networks.sparsefusion.tensors import Outputs
@@ -76,6 +77,29 @@ def test_float32_gives_the_modules_values(modality: str):
         assert boxes.keys() == expected.keys()
         for key, box in expected.items():
             torch.testing.assert_close(boxes[key], box, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("modality", ["fusion", "lidar", "camera"])
+def test_images_taken_up_by_the_second_thread_are_the_encoders(modality: str):
+    plain, network = networks(modality, "float32")
+    for seed in (0, 1):
+        with torch.inference_mode():
+            want, got = plain.encode([sample(seed)]), network.fast.encode(network.encoder, [sample(seed)])
+            torch.cuda.synchronize()
+        for name in ("images", "voxels", "coordinates", "sparse_depth"):
+            expected = getattr(want, name)
+            assert (expected is None and getattr(got, name) is None) or torch.equal(getattr(got, name), expected), name
+
+
+def test_an_error_of_the_second_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch):
+    _, network = networks("fusion", "float32")
+
+    def refuse(samples: object) -> None:
+        raise DataError("no image", "give one")
+
+    monkeypatch.setattr(network.encoder, "all_images", refuse)
+    with pytest.raises(DataError, match="no image"):
+        network.predict(sample())
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
