@@ -88,10 +88,15 @@ def load_jobs(
             "configs/vehicle.yaml has systems; --set predictor.name=... names one",
         )
     chosen = predictor_config(data["predictor"], str(config))
-    keys = _dataset_keys(data.get("dataset"), source, config)
-    dataset = open_dataset(dataset_config(keys, str(source or config)))
-    predictor = load_predictor(chosen, device or "cpu", truths=dataset)
-    return [Job(chosen.name, chosen, predictor, dataset)]  # type: ignore[attr-defined]
+    found = dataset_config(_dataset_keys(data.get("dataset"), source, config), str(source or config))
+    name: str = chosen.name  # type: ignore[attr-defined]
+    if isinstance(chosen, TruthEchoConfig):  # it repeats what is predicted on
+        dataset = open_dataset(found)
+        return [Job(name, chosen, load_predictor(chosen, truths=dataset), dataset)]
+    predictor = load_predictor(chosen, device or "cpu")
+    if isinstance(found, RosbagConfig) and "sweeps" not in found.model_fields_set:  # as the node assembles it
+        found = found.model_copy(update={"sweeps": predictor.needs.sweeps})
+    return [Job(name, chosen, predictor, open_dataset(found))]
 
 
 def predict(

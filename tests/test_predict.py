@@ -84,6 +84,17 @@ def test_a_data_set_and_one_predictor(tmp_path, nuscenes):
     np.testing.assert_allclose(found[0][1].prediction.center, builders.boxes().center, atol=1e-6)
 
 
+def test_one_predictor_has_the_sweeps_it_needs_of_a_bag(tmp_path, bag):
+    config = tmp_path / "config.yaml"
+    config.write_text("predictor: {name: fingerprint}\n")
+    (job,) = load_jobs(config, bag)
+    (sample, frame) = list(predict(job))[-1]
+    assert frame.used["lidar_top"] == tuple(sample.stamp_ns - k * builders.BAG_PERIOD_NS for k in range(3))
+    config.write_text("predictor: {name: fingerprint}\ndataset: {name: rosbag, root: elsewhere, sweeps: 2}\n")
+    (asked,) = load_jobs(config, bag)
+    assert len(list(predict(asked))[-1][1].used["lidar_top"]) == 2
+
+
 def test_the_past_is_forgotten_where_a_scene_begins(tmp_path, nuscenes, monkeypatch):
     resets = []
     monkeypatch.setattr(builders.Fingerprint, "reset", lambda self: resets.append(len(seen)))
