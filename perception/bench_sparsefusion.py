@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from perception.bench import BenchRow, measure
 from perception.config import apply_override, read_yaml, validate
@@ -62,8 +63,8 @@ def bench_sparsefusion(
 ) -> list[BenchRow]:
     """Each stage by itself, over and over on the first sample, and all of it, with the samples in turn, one at a time.
 
-    On a GPU stages run as `SparseFusion.accelerate` arranges them; two of them run side by side in the whole, which is
-    faster than their sum.
+    On a GPU stages run as `SparseFusion.accelerate` arranges them; what is done for the images and for the LiDAR runs
+    side by side in the whole, which is faster than the stages' sum.
     """
     device = usable_device(device)
     network = network.to(device).eval()
@@ -106,22 +107,26 @@ def _modules(network: SparseFusion, sample: Sample) -> Stages:
 
 
 def _fast(network: SparseFusion, fast: FastForward, sample: Sample) -> Stages:
-    """The stages of a forward pass by `FastForward`."""
-    inputs = network.encode([sample])
-    outputs = fast(inputs)
-    cells = fast.visible_cells(inputs)
-    levels = None if inputs.images is None else fast.levels(inputs.images)
-    bev = None if network.lidar is None else fast.bev(inputs)
-    encoder = network.encoder
-    stages: Stages = {"encode: points to voxels, images to the canvas": lambda: fast.encode(encoder, [sample])}
-    if inputs.images is not None:
-        images = inputs.images
-        stages["image branch"] = lambda: fast.levels(images)
-    if bev is not None:
-        stages["sparse encoder"] = lambda: fast.bev(inputs)
-    if cells is not None:
-        stages["count of visible cells"] = lambda: fast.visible_cells(inputs)
-    stages["BEV backbone and pyramid, head"] = lambda: fast.rest(inputs, bev, levels, cells)
-    stages["forward"] = lambda: fast(inputs)
-    stages["decode: boxes on the host"] = lambda: network.decode(outputs, [sample])
+    """The stages of a forward pass by `FastForward`, each with the tensors that those before it gave."""
+
+    def joined(images: Tensor) -> tuple[Tensor, ...]:
+        levels = fast.levels(images)
+        fast.join()
+        return levels
+
+    detections = fast(sample).detections  # there is room for this sample from now on
+    stages: Stages = {}
+    points = camera_numbers = levels = lidar = None
+    if network.image is not None:
+        images, camera_numbers = fast.take_up(sample), network.encoder.camera_numbers([sample])
+        levels = fast.levels(images)
+        stages["images to the canvas"] = lambda: fast.take_up(sample)
+        stages["image branch"] = lambda: joined(images)
+    if network.lidar is not None:
+        points = fast.points(sample)
+        lidar = fast.lidar(points, camera_numbers)
+        stages["points to the device"] = lambda: fast.points(sample)
+        stages["voxels, sparse encoder"] = lambda: fast.lidar(points, camera_numbers)
+    stages["BEV backbone and pyramid, head"] = lambda: fast.rest(camera_numbers, levels, lidar)
+    stages["boxes on the host"] = lambda: network.boxes(detections, [sample])
     return stages

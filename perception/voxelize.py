@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Generic, TypeVar, cast
+from functools import cache
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -95,40 +95,88 @@ def hard_voxels(
     if max_points < 1 or max_voxels < 1:
         raise ValueError(f"hard_voxels: max_points {max_points} and max_voxels {max_voxels} must be at least 1")
     tensor = _tensor(points)
-    # Tensors as long as the points until the last step: only the number of voxels has to be known on the host.
-    key, order = torch.sort(_keys(tensor, grid), stable=True)
-    inside = key < math.prod(grid.shape)
-    begins = inside.clone()
-    begins[1:] &= key[1:] != key[:-1]
-    place = torch.arange(len(key), device=key.device)
-    group = begins.cumsum(0)  # 1 for the points of the first voxel; with 0 and beyond the last, points outside
-    start = torch.zeros(len(key) + 1, dtype=torch.int64, device=key.device)
-    start = start.scatter_(0, torch.where(begins, group, 0), place)[group]
-    opened = torch.empty_like(key).scatter_(0, order, begins.long()).cumsum(0)  # voxels up to each point, in its order
-    row = opened[order[start]] - 1  # (N,) output row of each point, in sorted order
-    of_kept = inside & (row < max_voxels)
-    keep = of_kept & (place - start < max_points)
-    if stop_when_full:
-        keep &= opened[order] <= max_voxels
+    slots = _slots(tensor, grid, max_points, max_voxels, stop_when_full)
     num_inside, num_of_kept, num_kept, found = torch.stack(
-        [inside.sum(), of_kept.sum(), keep.sum(), begins.sum()]
+        [slots.inside.sum(), slots.of_kept.sum(), slots.keep.sum(), slots.begins.sum()]
     ).tolist()
     num_voxels = min(found, max_voxels)
-    # One row more than there are voxels takes what is not kept.
-    voxel = torch.where(keep, row, num_voxels)
-    slots = tensor.new_zeros((num_voxels + 1, max_points, tensor.shape[1]))
-    slots[voxel, torch.where(keep, place - start, 0)] = tensor[order]
-    keys, count = key.new_zeros((2, num_voxels + 1))
-    keys[torch.where(begins & of_kept, row, num_voxels)] = key
-    count.scatter_add_(0, voxel, keep.long())
+    filled, index, count = _fill(tensor, grid, max_points, slots, num_voxels)
     return HardVoxels(
-        _like(points, slots[:num_voxels]),
-        _like(points, _unravel(keys[:num_voxels], grid)),
-        _like(points, count[:num_voxels]),
+        _like(points, filled),
+        _like(points, index),
+        _like(points, count),
         outside=len(tensor) - num_inside,
         points_dropped=num_of_kept - num_kept,
         voxels_dropped=found - num_voxels,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PaddedVoxels:
+    """Hard voxels in as many rows as there may be, so that no size depends on the points: for CUDA graphs.
+
+    Attributes:
+        points: (max_voxels, P, C), see `HardVoxels`; 0 in rows without a voxel.
+        index: (max_voxels, 3).
+        count: (max_voxels,) 0 in rows without a voxel, which are the last ones.
+        found: () int64 voxels there are, kept or not.
+    """
+
+    points: Tensor
+    index: Tensor
+    count: Tensor
+    found: Tensor
+
+
+def padded_voxels(
+    points: Tensor, grid: VoxelGrid, max_points: int, max_voxels: int, *, stop_when_full: bool = False
+) -> PaddedVoxels:
+    """`hard_voxels` without waiting for the device."""
+    slots = _slots(points, grid, max_points, max_voxels, stop_when_full)
+    return PaddedVoxels(*_fill(points, grid, max_points, slots, max_voxels), slots.begins.sum())
+
+
+class _Slots(NamedTuple):
+    """Where points go, (N,) each and sorted by voxel."""
+
+    key: Tensor
+    order: Tensor  # index into the points
+    begins: Tensor  # the first point of its voxel
+    inside: Tensor
+    row: Tensor  # of the voxel in the output, by the order of first points
+    of_kept: Tensor  # its voxel is kept
+    place: Tensor  # among the points of its voxel
+    keep: Tensor
+
+
+def _slots(points: Tensor, grid: VoxelGrid, max_points: int, max_voxels: int, stop_when_full: bool) -> _Slots:
+    key, order = torch.sort(_keys(points, grid), stable=True)
+    inside = key < math.prod(grid.shape)
+    begins = inside.clone()
+    begins[1:] &= key[1:] != key[:-1]
+    position = torch.arange(len(key), device=key.device)
+    group = begins.cumsum(0)  # 1 for the points of the first voxel; with 0 and beyond the last, points outside
+    start = torch.zeros(len(key) + 1, dtype=torch.int64, device=key.device)
+    start = start.scatter_(0, torch.where(begins, group, 0), position)[group]
+    opened = torch.empty_like(key).scatter_(0, order, begins.long()).cumsum(0)  # voxels up to each point, in its order
+    row = opened[order[start]] - 1
+    of_kept = inside & (row < max_voxels)
+    place = position - start
+    keep = of_kept & (place < max_points)
+    if stop_when_full:
+        keep &= opened[order] <= max_voxels
+    return _Slots(key, order, begins, inside, row, of_kept, place, keep)
+
+
+def _fill(points: Tensor, grid: VoxelGrid, max_points: int, slots: _Slots, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `rows` voxels' points, index and count. One row more takes what is not kept."""
+    voxel = torch.where(slots.keep, slots.row, rows)
+    filled = points.new_zeros((rows + 1, max_points, points.shape[1]))
+    filled[voxel, torch.where(slots.keep, slots.place, 0)] = points[slots.order]
+    keys, count = slots.key.new_zeros((2, rows + 1))
+    keys[torch.where(slots.begins & slots.of_kept, slots.row, rows)] = slots.key
+    count.scatter_add_(0, voxel, slots.keep.long())
+    return filled[:rows], _unravel(keys[:rows], grid), count[:rows]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +210,7 @@ def _keys(points: Tensor, grid: VoxelGrid) -> Tensor:
     return torch.where(inside, keys, math.prod(grid.shape))
 
 
-@lru_cache(maxsize=64)
+@cache
 def _bounds(
     min_corner: tuple[float, ...],
     voxel_size: tuple[float, ...],
@@ -172,7 +220,7 @@ def _bounds(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A grid's numbers as tensors: CUDA would multiply by the reciprocal of a scalar size and round differently.
 
-    Kept, since to copy them to a device each time would make the host wait for it.
+    Kept for ever, since to copy them to a device each time would make the host wait for it, and graphs refer to them.
     """
     corner, size, cells = (torch.tensor(v, dtype=dtype, device=device) for v in (min_corner, voxel_size, shape))
     return corner, size, cells

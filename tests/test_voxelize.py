@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perception.types import Pose, VoxelGrid
-from perception.voxelize import hard_voxels, mean_voxels
+from perception.voxelize import hard_voxels, mean_voxels, padded_voxels
 
 GRID = VoxelGrid((-2.0, -1.0, -0.5), (0.5, 0.25, 0.5), (8, 6, 3), Pose.identity())
 NUSCENES = VoxelGrid((-54.0, -54.0, -5.0), (0.075, 0.075, 0.2), (1440, 1440, 40), Pose.identity())
@@ -76,6 +76,22 @@ def test_hard_voxels_are_those_of_the_sequential_loop(n, seed, max_points, max_v
     assert_hard_equal(
         hard_voxels(torch.from_numpy(points), GRID, max_points, max_voxels, stop_when_full=stop), expected
     )
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 300), st.integers(0, 1000), st.integers(1, 5), st.integers(1, 150), st.booleans())
+def test_padded_voxels_are_the_hard_ones_whatever_comes_as_padding(n, seed, max_points, max_voxels, stop):
+    points = torch.from_numpy(random_points(n, seed))
+    want = hard_voxels(points, GRID, max_points, max_voxels, stop_when_full=stop)
+    padding = torch.full((17, points.shape[1]), torch.nan)
+    got = padded_voxels(torch.cat([points, padding]), GRID, max_points, max_voxels, stop_when_full=stop)
+    kept = len(want.count)
+    for name in ("points", "index", "count"):
+        rows = getattr(got, name)
+        assert len(rows) == max_voxels
+        assert torch.equal(rows[:kept], getattr(want, name)), name
+        assert not rows[kept:].any(), name
+    assert int(got.found) == kept + want.voxels_dropped
 
 
 def test_hard_voxels_of_four_points():

@@ -48,13 +48,26 @@ class Sites:
         spatial_shape: the grid's size (z, y, x).
         batch_size: grids in the batch.
         backend: "torch", "spconv" or "triton".
+        room: None, or of backend "triton", whose host then never waits: rows for the sites of each strided convolution
+            to come, one after the other. Rows of `indices` without a site are -1, and their features mean nothing.
+        counts: where there is room: () int64 each, how many sites the strided convolutions before reached. Where they
+            are more than their room, some were left out, and all that follows is wrong.
     """
 
-    def __init__(self, indices: Tensor, spatial_shape: Triple, batch_size: int, backend: str) -> None:
+    def __init__(
+        self,
+        indices: Tensor,
+        spatial_shape: Triple,
+        batch_size: int,
+        backend: str,
+        room: tuple[int, ...] | None = None,
+        counts: tuple[Tensor, ...] = (),
+    ) -> None:
         self.indices = indices
         self.spatial_shape = spatial_shape
         self.batch_size = batch_size
         self.backend = backend
+        self.room, self.counts = room, counts
         self._submanifold: dict[tuple[Triple, ...], Any] = {}
         self._strided: dict[tuple[Triple, ...], tuple[Any, Sites]] = {}
 
@@ -75,8 +88,14 @@ class Sites:
         """The kernel map from these sites to those they reach, and the latter; `padding` is that before each axis."""
         key = (out_shape, kernel_size, stride, padding, dilation)
         if key not in self._strided:
-            found, indices = BACKENDS[self.backend].strided_map(self.indices, self.batch_size, *key)
-            self._strided[key] = found, Sites(indices, out_shape, self.batch_size, self.backend)
+            of_same_kind = out_shape, self.batch_size, self.backend
+            if self.room is None:
+                found, indices = BACKENDS[self.backend].strided_map(self.indices, self.batch_size, *key)
+                self._strided[key] = found, Sites(indices, *of_same_kind)
+            else:
+                rows, *left = self.room
+                found, indices, count = sparse_triton.padded_strided_map(self.indices, self.batch_size, *key, rows)
+                self._strided[key] = found, Sites(indices, *of_same_kind, tuple(left), (*self.counts, count))
         return self._strided[key]
 
 
@@ -171,10 +190,13 @@ class SparseTensor:
     def to_dense(self) -> Tensor:
         """(B, C, Z, Y, X), zero at inactive sites."""
         grid = (self.batch_size, *self.spatial_shape)
-        channels = self.features.shape[1]
-        dense = self.features.new_zeros(channels, math.prod(grid))
-        dense.index_copy_(1, site_keys(self.indices, self.spatial_shape), self.features.t())
-        return dense.view(channels, *grid).transpose(0, 1).contiguous()
+        channels, cells = self.features.shape[1], math.prod(grid)
+        keys = site_keys(self.indices, self.spatial_shape)
+        if self.sites.room is not None:
+            keys = torch.where(self.indices[:, 0] < 0, cells, keys)  # one cell more takes the rows without a site
+        dense = self.features.new_zeros(channels, cells + 1)
+        dense.index_copy_(1, keys, self.features.t())
+        return dense[:, :cells].unflatten(1, grid).transpose(0, 1).contiguous()
 
 
 def triple(value: int | Triple, name: str, least: int) -> Triple:

@@ -2,9 +2,9 @@
 
 Neighbours are looked up in a dense grid of row numbers, which a GPU clears and reads faster than it searches sorted
 keys: 340 MB for 41 x 1440 x 1440 voxels. Sites of a strided convolution are the marked cells of its output grid, in
-their order; finding how many there are is the one time that the host waits. A convolution is a matrix product whose
-left rows are gathered, one tap after the other, and summed in float32; without atomic additions, so that results are
-equal to the bit from run to run.
+their order; finding how many there are is the one time that the host waits, and it need not where room for them is
+given (`padded_strided_map`). A convolution is a matrix product whose left rows are gathered, one tap after the other,
+and summed in float32; without atomic additions, so that results are equal to the bit from run to run.
 
 There is no backward pass: gradients are the other backends'.
 """
@@ -92,18 +92,73 @@ def strided_map(
     dilation: Triple,
 ) -> tuple[KernelMap, Tensor]:
     """See `sparse_torch.strided_map`."""
-    from perception.networks.layers.sparse_triton_kernels import mark_reached
-
     geometry = (kernel_size, stride, padding, dilation)
-    # Inputs may lie beyond what the outputs read, but never before: the largest cell that matters.
-    in_shape = _triple(
-        max((o - 1) * s - p + (k - 1) * d + 1, 1) + s
-        for o, k, s, p, d in zip(out_shape, kernel_size, stride, padding, dilation, strict=True)
-    )
+    in_shape = _read_shape(out_shape, *geometry)
     if not len(indices) or batch_size * max(math.prod(in_shape), math.prod(out_shape)) > _MOST_CELLS:
         found, sites = sparse_torch.strided_map(indices, batch_size, out_shape, *geometry)
         return KernelMap(found.forward.table.int(), len(indices)), sites
     indices = indices.contiguous()
+    sites = _reached(indices, batch_size, out_shape, *geometry).nonzero().int().contiguous()  # nonzero gives columns
+    return _neighbours(indices, sites, batch_size, in_shape, kernel_size, stride, padding, dilation), sites
+
+
+def padded_strided_map(
+    indices: Tensor,
+    batch_size: int,
+    out_shape: Triple,
+    kernel_size: Triple,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+    rows: int,
+) -> tuple[KernelMap, Tensor, Tensor]:
+    """`strided_map` without waiting for the device: for CUDA graphs.
+
+    Args:
+        indices: (V, 4) int32, one row or more; -1 in rows without a site.
+        rows: sites that are given at most, the first ones.
+
+    Returns:
+        The map, the sites (rows, 4) with -1 in rows without one, and how many there are, () int64: more than `rows`
+        where not all were given.
+
+    Raises:
+        PerceptionError: the grid is too large for a dense table.
+    """
+    geometry = (kernel_size, stride, padding, dilation)
+    in_shape = _read_shape(out_shape, *geometry)
+    if (cells := batch_size * max(math.prod(in_shape), math.prod(out_shape))) > _MOST_CELLS:
+        raise PerceptionError(
+            f"sparse convolution: a grid of {cells:,} cells, and a dense table of at most {_MOST_CELLS:,}",
+            "use larger voxels or a smaller range",
+        )
+    indices = indices.contiguous()
+    reached = _reached(indices, batch_size, out_shape, *geometry)
+    sites = torch.nonzero_static(reached, size=rows, fill_value=-1).int().contiguous()
+    found = _neighbours(indices, sites, batch_size, in_shape, kernel_size, stride, padding, dilation)
+    return found, sites, reached.sum()
+
+
+def _read_shape(out_shape: Triple, kernel_size: Triple, stride: Triple, padding: Triple, dilation: Triple) -> Triple:
+    """The largest input cell that matters: inputs may lie beyond what the outputs read, but never before."""
+    return _triple(
+        max((o - 1) * s - p + (k - 1) * d + 1, 1) + s
+        for o, k, s, p, d in zip(out_shape, kernel_size, stride, padding, dilation, strict=True)
+    )
+
+
+def _reached(
+    indices: Tensor,
+    batch_size: int,
+    out_shape: Triple,
+    kernel_size: Triple,
+    stride: Triple,
+    padding: Triple,
+    dilation: Triple,
+) -> Tensor:
+    """(B, Z, Y, X) bool: the cells that a site reaches."""
+    from perception.networks.layers.sparse_triton_kernels import mark_reached
+
     reached = torch.zeros((batch_size, *out_shape), dtype=torch.bool, device=indices.device)
     num = len(indices)
     with torch.cuda.device_of(indices):
@@ -111,8 +166,7 @@ def strided_map(
             indices, reached.view(torch.uint8), num, *out_shape, *kernel_size[1:], *stride, *padding, *dilation,
             BLOCK=_ROWS,
         )  # fmt: skip
-    sites = reached.nonzero().int().contiguous()  # nonzero gives columns
-    return _neighbours(indices, sites, batch_size, in_shape, kernel_size, stride, padding, dilation), sites
+    return reached
 
 
 def _neighbours(

@@ -9,14 +9,14 @@ import triton.language as tl
 
 @triton.jit
 def number_sites(sites, grid, num, size_z, size_y, size_x, BLOCK: tl.constexpr):
-    """Write each site's row into its cell of the grid (batch, z, y, x)."""
+    """Write each site's row into its cell of the grid (batch, z, y, x). In all kernels a batch of -1 is no site."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < num
     batch = tl.load(sites + row * 4, mask=valid, other=0).to(tl.int64)
     z = tl.load(sites + row * 4 + 1, mask=valid, other=0)
     y = tl.load(sites + row * 4 + 2, mask=valid, other=0)
     x = tl.load(sites + row * 4 + 3, mask=valid, other=0)
-    tl.store(grid + ((batch * size_z + z) * size_y + y) * size_x + x, row, mask=valid)
+    tl.store(grid + ((batch * size_z + z) * size_y + y) * size_x + x, row, mask=valid & (batch >= 0))
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def find_neighbours(
     z = z * stride_z - pad_z + tap // (kernel_y * kernel_x) * step_z
     y = y * stride_y - pad_y + tap // kernel_x % kernel_y * step_y
     x = x * stride_x - pad_x + tap % kernel_x * step_x
-    inside = valid & (z >= 0) & (z < size_z) & (y >= 0) & (y < size_y) & (x >= 0) & (x < size_x)
+    inside = valid & (batch >= 0) & (z >= 0) & (z < size_z) & (y >= 0) & (y < size_y) & (x >= 0) & (x < size_x)
     found = tl.load(grid + ((batch * size_z + z) * size_y + y) * size_x + x, mask=inside, other=num_in)
     tl.store(table + tap.to(tl.int64) * num_out + row, found, mask=valid)
 
@@ -61,7 +61,7 @@ def mark_reached(
     z = z // stride_z
     y = y // stride_y
     x = x // stride_x
-    inside = valid & on_stride & (z < size_z) & (y < size_y) & (x < size_x)
+    inside = valid & (batch >= 0) & on_stride & (z < size_z) & (y < size_y) & (x < size_x)
     tl.store(reached + ((batch * size_z + z) * size_y + y) * size_x + x, 1, mask=inside)
 
 

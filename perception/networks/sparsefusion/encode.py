@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.errors import DataError
@@ -22,7 +23,7 @@ from perception.networks.sparsefusion.config import ImageConfig, Mounting, Spars
 from perception.networks.sparsefusion.lidar import heights
 from perception.networks.sparsefusion.tensors import Calibration, Inputs
 from perception.types import Array, CameraImage, PointCloud, Pose, Sample, VoxelGrid
-from perception.voxelize import hard_voxels
+from perception.voxelize import hard_voxels, padded_voxels
 
 BLACK_LEVEL = 8
 """An image without a pixel brighter than this, of 255, shows nothing: a covered lens or a dead sensor."""
@@ -99,12 +100,8 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def forward(self, samples: Sequence[Sample], images: bool = True) -> Inputs:
+    def forward(self, samples: Sequence[Sample]) -> Inputs:
         """A batch of samples.
-
-        Args:
-            samples: B of them.
-            images: whether to encode the images too; the caller may do so apart, by `all_images`.
 
         Raises:
             DataError: a sample without the LiDAR, or a cloud without `intensity`.
@@ -115,10 +112,10 @@ class Encoder(nn.Module):
         calibration = self.calibration(samples) if with_cameras else None
         depth = None
         if calibration is not None and with_lidar:
-            key_sweeps = [p[: self._key_sweep(sample)] for p, sample in zip(points, samples, strict=True)]
+            key_sweeps = [p[: self.key_sweep(sample)] for p, sample in zip(points, samples, strict=True)]
             depth = torch.stack([self.sparse_depth(p, _of_sample(calibration, b)) for b, p in enumerate(key_sweeps)])
-        canvases = self.all_images(samples) if images and with_cameras else None
-        return Inputs(voxels, coordinates, height_min, height_max, canvases, depth, calibration, len(samples))
+        images = self.all_images(samples) if with_cameras else None
+        return Inputs(voxels, coordinates, height_min, height_max, images, depth, calibration, len(samples))
 
     # LiDAR
 
@@ -140,7 +137,7 @@ class Encoder(nn.Module):
         fields.numpy()[1] = cloud.fields.get("time_lag", 0.0)  # a cloud that is not accumulated is the key sweep
         return torch.cat([self._upload(xyz), self._upload(fields).T], 1)
 
-    def _key_sweep(self, sample: Sample) -> int:
+    def key_sweep(self, sample: Sample) -> int:
         """Points of the cloud that are the key sweep's: it comes first."""
         cloud = _cloud(sample, self.config)
         if "time_lag" not in cloud.fields or not len(cloud):
@@ -164,11 +161,22 @@ class Encoder(nn.Module):
             found = hard_voxels(cloud, self.grid, lidar.max_points, most, stop_when_full=True)
             self.voxels_dropped += found.voxels_dropped
             means.append(found.points.sum(1) / found.count[:, None])
-            zyx = found.index.flip(1)
-            coordinates.append(torch.cat([torch.full_like(zyx[:, :1], b), zyx], 1).int())
+            coordinates.append(F.pad(found.index.flip(1).int(), (1, 0), value=b))
             height.append(heights(found, lidar))
         low, high = (torch.stack(maps) for maps in zip(*height, strict=True))
         return torch.cat(means), torch.cat(coordinates), low, high
+
+    def padded_voxels(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """`voxels` of one cloud without waiting for the device: in `max_voxels` rows, and how many there are, () int64.
+
+        In rows without a voxel means are 0 and coordinates -1.
+        """
+        lidar = self.config.lidar
+        found = padded_voxels(points, self.grid, lidar.max_points, lidar.max_voxels, stop_when_full=True)
+        means = found.points.sum(1) / found.count.clamp(min=1)[:, None]
+        coordinates = F.pad(found.index.flip(1).int(), (1, 0)).masked_fill((found.count == 0)[:, None], -1)
+        low, high = heights(found, lidar)
+        return means, coordinates, low[None], high[None], found.found
 
     def sparse_depth(self, points: Tensor, calibration: Calibration) -> Tensor:
         """(K, 2, H/4, W/4) depth of the nearest point of the key sweep, normalised, and where there is one.
@@ -199,6 +207,10 @@ class Encoder(nn.Module):
 
     def calibration(self, samples: Sequence[Sample]) -> Calibration:
         """Of all cameras, the absent ones with numbers that harm nothing."""
+        return as_calibration(self.camera_numbers(samples))
+
+    def camera_numbers(self, samples: Sequence[Sample]) -> Tensor:
+        """(B, K, 26) what `as_calibration` reads, in one transfer."""
         host = self._host((len(samples), len(self.config.cameras), sum(_CAMERA_NUMBERS)))
         rows = host.numpy()
         for b, sample in enumerate(samples):
@@ -206,11 +218,7 @@ class Encoder(nn.Module):
             frame = ego_from_network(sample, self.config)
             for k, role in enumerate(self.config.cameras):
                 rows[b, k] = self._camera_numbers(sample.cameras.get(role), frame, role not in absent)
-        rotation, translation, intrinsic, valid, visible, present = self._upload(host).split(_CAMERA_NUMBERS, -1)
-        matrix = (*rotation.shape[:2], 3, 3)
-        return Calibration(
-            rotation.reshape(matrix), translation, intrinsic.reshape(matrix), valid, visible, present[..., 0] > 0
-        )
+        return self._upload(host)
 
     def _camera_numbers(self, image: CameraImage | None, frame: Pose, present: bool) -> Array:
         canvas = self.config.image.canvas_px
@@ -265,6 +273,15 @@ class Encoder(nn.Module):
     def _upload(self, host: Tensor) -> Tensor:
         there = host.to(self.mean.device, non_blocking=True)
         return there.to(self.mean.dtype) if there.is_floating_point() else there
+
+
+def as_calibration(camera_numbers: Tensor) -> Calibration:
+    """What `Encoder.camera_numbers` gave, by name."""
+    rotation, translation, intrinsic, valid, visible, present = camera_numbers.split(_CAMERA_NUMBERS, -1)
+    matrix = (*rotation.shape[:2], 3, 3)
+    return Calibration(
+        rotation.reshape(matrix), translation, intrinsic.reshape(matrix), valid, visible, present[..., 0] > 0
+    )
 
 
 def _cloud(sample: Sample, config: SparseFusionConfig) -> PointCloud:

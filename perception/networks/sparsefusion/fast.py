@@ -2,183 +2,280 @@
 
 * Batch norms are folded into the convolutions before them, and 2D convolutions run on channels-last tensors, in half
   precision if so configured. What is sensitive stays in float32, as under autocast.
-* The sparse encoder runs on the Triton backend; only its sizes depend on the data.
-* The image branch, and all that follows the encoder, are CUDA graphs. The first runs beside the sparse encoder, whose
-  many small kernels go before it. In the second what is done for the cameras alone runs beside what is for the LiDAR.
+* Three CUDA graphs, since a host takes longer to launch a thousand kernels than the GPU to run them: the image branch;
+  points to voxels, the sparse encoder (on the Triton backend) and what the cameras see of its cells; all the rest, to
+  scored boxes. The first runs beside the second, whose many small kernels go before it. In the third what is done for
+  the cameras alone runs beside what is for the LiDAR.
+* In a graph no size depends on the data. Points, sites of the sparse tensors and visible cells get room for more than
+  there are; a frame that needs more than the room so far is run again with more, in a graph that is captured anew.
 * A second thread takes the images up: to copy 26 MB (six of 1600 x 900) takes the host 4 ms, and no lock of Python's.
 
-The host waits for the device once for each strided convolution of the encoder, since the number of its sites has to be
-known, and once for the number of BEV cells that a view sees.
+The host waits for the device once, for what a frame needed, when all is done.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.networks.layers.attention import Attention, DeformableAttention
 from perception.networks.layers.cuda_graphs import CudaGraphs
 from perception.networks.layers.folding import fold_norms
-from perception.networks.sparsefusion.encode import Encoder
+from perception.networks.sparsefusion.boxes import Detections, detect
+from perception.networks.sparsefusion.encode import Encoder, as_calibration
 from perception.networks.sparsefusion.head import Head
 from perception.networks.sparsefusion.image import ImageBranch
 from perception.networks.sparsefusion.lidar import LidarBranch
-from perception.networks.sparsefusion.tensors import Calibration, Inputs, Outputs
+from perception.networks.sparsefusion.semantic import Sight, most_visible
+from perception.networks.sparsefusion.tensors import Calibration, Outputs
 from perception.networks.sparsefusion.transformer import FeedForward
 from perception.types import Sample
 
-_CELLS_STEP = 512
-"""Numbers of visible cells are rounded up to it: each is a graph of its own."""
+_SPARE = 1.25
+"""Room for so many times what a frame needed: the next one may need a little more."""
+_STEP = 1024
+"""Room is a multiple of it, and at least it."""
+
+
+class Room(NamedTuple):
+    """How much of what varies from frame to frame a graph takes.
+
+    Attributes:
+        points: of the cloud.
+        key_sweep: of these, the first ones, which may be of the key sweep.
+        cells: BEV cells that a view sees.
+        sites: of the sparse encoder, after each strided convolution.
+    """
+
+    points: int
+    key_sweep: int
+    cells: int
+    sites: tuple[int, ...]
+
+
+def _grown(room: int, needed: int) -> int:
+    return room if needed <= room else -(-math.ceil(_SPARE * needed) // _STEP) * _STEP
+
+
+class LidarTensors(NamedTuple):
+    """What the second graph makes.
+
+    Attributes:
+        bev: (1, C, Y, X) of the sparse encoder.
+        sparse_depth: see `Inputs`; this and the next two are None without cameras.
+        calibration: of the cameras.
+        sight: of the BEV cells in the views.
+        counts: int64: voxels there are, kept or not; sites after each strided convolution; with cameras, the most cells
+            that a view sees.
+    """
+
+    bev: Tensor
+    sparse_depth: Tensor | None
+    calibration: Calibration | None
+    sight: Sight | None
+    counts: Tensor
+
+
+class Frame(NamedTuple):
+    """A frame's results, overwritten by the next one's.
+
+    Attributes:
+        outputs: of the network.
+        detections: the boxes.
+        voxels: there are in range, kept or not; None without a LiDAR.
+    """
+
+    outputs: Outputs
+    detections: Detections
+    voxels: int | None
 
 
 class FastForward:
-    """Inputs -> Outputs, equal to the modules' own up to rounding; the tensors are overwritten by the next call.
+    """Sample -> Frame, equal to the modules' own up to rounding.
 
     The modules are copied: later changes of their weights do not show.
 
     Args:
-        lidar, image, head: of a SparseFusion in evaluation mode, on a GPU.
+        encoder, lidar, image, head: of a SparseFusion in evaluation mode, on a GPU.
         dtype: float32, float16 or bfloat16.
     """
 
-    def __init__(self, lidar: LidarBranch | None, image: ImageBranch | None, head: Head, dtype: torch.dtype) -> None:
+    def __init__(
+        self, encoder: Encoder, lidar: LidarBranch | None, image: ImageBranch | None, head: Head, dtype: torch.dtype
+    ) -> None:
+        self._encoder = encoder
         self._dtype = dtype
         self._lidar = None if lidar is None else _prepared(lidar, dtype)
         self._image = None if image is None else _prepared(image, dtype).to(dtype)
         self._head = _prepared(head, dtype)
+        strided = 0
         if self._lidar is not None:
-            self._lidar.encoder.backend = "triton"
             for part in (self._lidar.encoder.stages, self._lidar.encoder.output):
                 part.to(dtype)
-        self._image_graphs = CudaGraphs(self._run_image)
-        self._rest_graphs = CudaGraphs(self._run_rest)
-        self._ahead = torch.cuda.Stream(priority=-1)
-        self._beside = torch.cuda.Stream()
-        self._cameras = torch.cuda.Stream()
+            strided = len(self._lidar.encoder.stages)
+        self._room = Room(_STEP, _STEP, _STEP, (_STEP,) * strided)
+        self._settled = False  # until a frame fitted
+        self._image_graphs = CudaGraphs(self._run_image, capacity=1)
+        self._lidar_graphs = CudaGraphs(self._run_lidar, capacity=1)
+        self._rest_graphs = CudaGraphs(self._run_rest, capacity=1)
+        device = encoder.mean.device
+        self._ahead = torch.cuda.Stream(device, priority=-1)
+        self._beside = torch.cuda.Stream(device)
+        self._cameras = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1, "images")
 
-    @contextmanager
-    def ahead(self) -> Iterator[None]:
-        """Into a stream whose kernels go before those of the image branch; the stream outside waits for it."""
-        outside = torch.cuda.current_stream()
-        self._ahead.wait_stream(outside)
-        with torch.cuda.stream(self._ahead):
-            yield
-        outside.wait_stream(self._ahead)
-
-    def encode(self, encoder: Encoder, samples: Sequence[Sample]) -> Inputs:
-        """What the encoder makes of the samples."""
-        if self._image is None:
-            return encoder(samples)
-        images = self._thread.submit(self._take_up, encoder, samples)
-        inputs: Inputs = encoder(samples, images=False)
-        inputs = inputs._replace(images=images.result())
-        torch.cuda.current_stream().wait_stream(self._beside)
-        return inputs
-
-    @torch.inference_mode()  # of this thread
-    def _take_up(self, encoder: Encoder, samples: Sequence[Sample]) -> Tensor:
-        with torch.cuda.stream(self._beside):
-            return encoder.all_images(samples)
-
     @torch.inference_mode()
-    def __call__(self, inputs: Inputs) -> Outputs:
-        """All predictions."""
-        levels = None
-        if inputs.images is not None:
-            self._beside.wait_stream(torch.cuda.current_stream())
-            inputs.images.record_stream(self._beside)  # wherever they were made
-            with torch.cuda.stream(self._beside):
-                levels = self.levels(inputs.images)
-        cells = self.visible_cells(inputs)
-        bev = None if self._lidar is None else self.bev(inputs)
-        torch.cuda.current_stream().wait_stream(self._beside)
-        return self.rest(inputs, bev, levels, cells)
+    def __call__(self, sample: Sample) -> Frame:
+        """All predictions for a sample; see `Encoder` for errors."""
+        with self._in_front():
+            images = self._thread.submit(self.take_up, sample) if self._image is not None else None
+            camera_numbers = self._encoder.camera_numbers([sample]) if self._image is not None else None
+            points = self.points(sample) if self._lidar is not None else None
+            lidar = self.lidar(points, camera_numbers) if points is not None else None
+            levels = self.levels(images.result()) if images is not None else None
+            if points is None or lidar is None:
+                return Frame(*self.rest(camera_numbers, levels, None), None)
+            results = self.rest(camera_numbers, levels, lidar) if self._settled else None
+            while not self._fits(counts := lidar.counts.tolist()):  # the host waits
+                lidar, results = self.lidar(points, camera_numbers), None
+            self._settled = True
+            if results is None:
+                results = self.rest(camera_numbers, levels, lidar)
+            return Frame(*results, counts[0])
+
+    @contextmanager
+    def _in_front(self) -> Iterator[None]:
+        """Into a stream whose kernels go before those of the image branch; the stream outside waits for it."""
+        outside = torch.cuda.current_stream(self._ahead.device)
+        self._ahead.wait_stream(outside)
+        self._beside.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self._ahead):
+                yield
+        finally:
+            outside.wait_stream(self._ahead)
+
+    def _fits(self, counts: list[int]) -> bool:
+        """Whether there was room for all that a frame needed; else there is from now on."""
+        voxels, *sites = counts
+        self._encoder.voxels_dropped = max(0, voxels - self._encoder.config.lidar.max_voxels)
+        cells = sites.pop() if self._image is not None else 0
+        room = self._room._replace(
+            cells=_grown(self._room.cells, cells), sites=tuple(map(_grown, self._room.sites, sites))
+        )
+        fits, self._room = room == self._room, room
+        return fits
+
+    @torch.inference_mode()  # of a thread of its own
+    def take_up(self, sample: Sample) -> Tensor:
+        """(1, K, 3, H, W) images, on the stream that `levels` runs on."""
+        with torch.cuda.stream(self._beside):
+            return self._encoder.all_images([sample])
+
+    def points(self, sample: Sample) -> Tensor:
+        """(points there is room for, 5) of the sample; what is left of the room is NaN."""
+        points = self._encoder.points(sample)
+        self._room = self._room._replace(
+            points=_grown(self._room.points, len(points)),
+            key_sweep=_grown(self._room.key_sweep, self._encoder.key_sweep(sample)),
+        )
+        return F.pad(points, (0, 0, 0, self._room.points - len(points)), value=math.nan)
 
     def levels(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The image branch, of images (B, K, 3, H, W)."""
-        return self._image_graphs(images)
+        """The image branch, beside what comes next on the current stream."""
+        with torch.cuda.stream(self._beside):
+            return self._image_graphs(images)
 
-    def bev(self, inputs: Inputs) -> Tensor:
-        """The sparse encoder."""
-        assert self._lidar is not None
-        bev: Tensor = self._lidar.encoder(inputs.voxels, inputs.coordinates, inputs.batch_size)
-        return bev
+    def join(self) -> None:
+        """The current stream waits for `levels`."""
+        torch.cuda.current_stream().wait_stream(self._beside)
+
+    def lidar(self, points: Tensor, camera_numbers: Tensor | None) -> LidarTensors:
+        """Voxels, the sparse encoder and the cells in the views, of what `points` and the encoder gave."""
+        inputs = [tensor for tensor in (points, camera_numbers) if tensor is not None]
+        return self._lidar_graphs(*inputs, room=self._room)
 
     def rest(
-        self, inputs: Inputs, bev: Tensor | None, levels: tuple[Tensor, ...] | None, visible_cells: int | None
-    ) -> Outputs:
-        """The BEV map's backbone and pyramid, and the head; of what the three methods above gave."""
-        maps = [m for m in (bev, inputs.height_min, inputs.height_max, inputs.sparse_depth) if m is not None]
-        return self._rest_graphs(*maps, *(inputs.calibration or ()), levels=levels, visible_cells=visible_cells)
-
-    def visible_cells(self, inputs: Inputs) -> int | None:
-        """BEV cells that a view sees at most, rounded up; None where there is no semantic transfer."""
-        if self._lidar is None or self._image is None:
-            return None
-        assert inputs.height_min is not None
-        assert inputs.height_max is not None
-        assert inputs.calibration is not None
-        cells = self._head.visible_cells(inputs.height_min, inputs.height_max, inputs.calibration)
-        return -(-cells // _CELLS_STEP) * _CELLS_STEP
+        self, camera_numbers: Tensor | None, levels: tuple[Tensor, ...] | None, lidar: LidarTensors | None
+    ) -> tuple[Outputs, Detections]:
+        """The BEV map's backbone and pyramid, the head and scored boxes, of what the methods above gave."""
+        self.join()
+        inputs = [camera_numbers] if camera_numbers is not None and lidar is None else []
+        return self._rest_graphs(*inputs, levels=levels, lidar=lidar, cells=self._room.cells)
 
     def _run_image(self, images: Tensor) -> tuple[Tensor, ...]:
         assert self._image is not None
         flat = images.flatten(0, 1).to(self._dtype, memory_format=torch.channels_last)
         return tuple(self._image(flat))
 
-    def _run_rest(self, *tensors: Tensor, levels: tuple[Tensor, ...] | None, visible_cells: int | None) -> Outputs:
-        """See `rest`, whose tensors these are, in its order."""
-        left = list(tensors)
-        bev = low = high = depth = calibration = None
+    def _run_lidar(self, points: Tensor, camera_numbers: Tensor | None = None, *, room: Room) -> LidarTensors:
+        assert self._lidar is not None
+        means, coordinates, low, high, voxels = self._encoder.padded_voxels(points)
+        bev, sites = self._lidar.encoder.padded(means, coordinates, room.sites)
+        counts = [voxels[None], sites]
+        if camera_numbers is None:
+            return LidarTensors(bev, None, None, None, torch.cat(counts))
+        calibration = as_calibration(camera_numbers)
+        of_sample = Calibration(*(values[0] for values in calibration))
+        depth = self._encoder.sparse_depth(points[: room.key_sweep], of_sample)[None]
+        sight = self._head.look(low, high, calibration)
+        return LidarTensors(bev, depth, calibration, sight, torch.cat([*counts, most_visible(sight)[None]]))
+
+    def _run_rest(
+        self,
+        camera_numbers: Tensor | None = None,
+        *,
+        levels: tuple[Tensor, ...] | None,
+        lidar: LidarTensors | None,
+        cells: int,
+    ) -> tuple[Outputs, Detections]:
         half = self._dtype != torch.float32
         with torch.autocast("cuda", self._dtype if half else None, enabled=half, cache_enabled=False):
-            if self._lidar is not None:
-                bev = left.pop(0).to(memory_format=torch.channels_last)
-                low, high = left.pop(0), left.pop(0)
-            if self._image is not None:
-                depth = left.pop(0) if self._lidar is not None else None
-                calibration = Calibration(*left)
-            if bev is not None and calibration is not None:
-                return self._in_two_streams(bev, low, high, levels, depth, calibration, visible_cells)
-            if self._lidar is not None and bev is not None:
-                bev = self._lidar.neck(self._lidar.backbone(bev))
-            outputs: Outputs = self._head(bev, low, high, levels and list(levels), depth, calibration, visible_cells)
-            return outputs
+            outputs = self._outputs(camera_numbers, levels, lidar, cells)
+        return outputs, detect(outputs, self._head.config)
 
-    def _in_two_streams(
+    def _outputs(
         self,
-        bev: Tensor,
-        low: Tensor | None,
-        high: Tensor | None,
+        camera_numbers: Tensor | None,
         levels: tuple[Tensor, ...] | None,
-        depth: Tensor | None,
-        calibration: Calibration,
-        visible_cells: int | None,
+        lidar: LidarTensors | None,
+        cells: int,
     ) -> Outputs:
-        """`Head.forward` of both modalities; the cameras' own part in a stream beside the LiDAR's."""
-        assert self._lidar is not None
-        assert levels is not None
-        assert visible_cells is not None
+        """`Head.forward`; with both modalities, the cameras' own part in a stream beside the LiDAR's."""
         head, main, cameras = self._head, torch.cuda.current_stream(), self._cameras
+        outputs = Outputs(*[None] * len(Outputs._fields))
+        if lidar is None:
+            assert camera_numbers is not None
+            assert levels is not None
+            calibration = as_calibration(camera_numbers)
+            return head.detect_in_images(head.image_pyramid(list(levels), None, calibration), calibration).into(outputs)
+        assert self._lidar is not None
+        features = lidar.bev.to(memory_format=torch.channels_last)
+        if lidar.calibration is None:
+            bev = head.bev_map(self._lidar.neck(self._lidar.backbone(features)))
+            return head.detect_in_lidar(bev, head.lidar_heatmap(bev)).into(outputs)
+        assert levels is not None
+        assert lidar.sight is not None
         cameras.wait_stream(main)
         with torch.cuda.stream(cameras):
-            images = head.image_pyramid(list(levels), depth, calibration)
-        bev = head.bev_map(self._lidar.neck(self._lidar.backbone(bev)))
-        sight = head.look(low, high, calibration)
+            images = head.image_pyramid(list(levels), lidar.sparse_depth, lidar.calibration)
+        bev = head.bev_map(self._lidar.neck(self._lidar.backbone(features)))
         main.wait_stream(cameras)  # for the pyramid; what follows there runs beside
         with torch.cuda.stream(cameras):
-            image = head.detect_in_images(images, calibration)
-        lidar = head.detect_in_lidar(bev, head.lidar_heatmap(head.semantic(bev, images, sight, visible_cells)))
+            image = head.detect_in_images(images, lidar.calibration)
+        enhanced = head.semantic(bev, images, lidar.sight, cells)
+        points = head.detect_in_lidar(bev, head.lidar_heatmap(enhanced))
         main.wait_stream(cameras)
-        outputs = lidar.into(image.into(Outputs(*[None] * len(Outputs._fields))))
-        return outputs._replace(fusion=head.fuse(lidar, image, calibration))
+        outputs = points.into(image.into(outputs))
+        return outputs._replace(fusion=head.fuse(points, image, lidar.calibration))
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -145,7 +145,7 @@ class Head(nn.Module):
                 modality `lidar`.
             sparse_depth: (B, K, 2, H / 4, W / 4), see `Inputs`; modality `fusion` alone.
             calibration: of the cameras.
-            visible_cells: what the method `visible_cells` gives, or more; fewer is an error. None: they are counted,
+            visible_cells: what the method `visible_cells` gives, or more; fewer leave some out. None: they are counted,
                 which waits for the device.
         """
         outputs = Outputs(*[None] * len(Outputs._fields))

@@ -26,7 +26,7 @@ from perception.networks.layers.sparse import (
 )
 from perception.networks.layers.sparse_tensor import Sites, choose_backend
 from perception.networks.sparsefusion.config import LidarConfig
-from perception.voxelize import HardVoxels
+from perception.voxelize import HardVoxels, PaddedVoxels
 
 POINT_CHANNELS = 5
 """x, y, z (m), intensity (0 to 255), time lag (s)."""
@@ -35,7 +35,7 @@ EMPTY_HEIGHT_M = (100.0, -200.0)
 """The least and the greatest z of a BEV cell without points."""
 
 
-def heights(voxels: HardVoxels[Tensor], config: LidarConfig) -> tuple[Tensor, Tensor]:
+def heights(voxels: HardVoxels[Tensor] | PaddedVoxels, config: LidarConfig) -> tuple[Tensor, Tensor]:
     """(Y, X) and (Y, X): least and greatest z (m) of the points in each BEV cell's voxels, `EMPTY_HEIGHT_M` if none.
 
     A point with z of exactly 0 does not count: the released models take it for an unused slot.
@@ -100,13 +100,31 @@ class SparseEncoder(SparseModule):
         """(V, 5), (V, 4) int32 batch, z, y, x -> (B, out_channels * Z, Y, X)."""
         # The sites are those that voxelisation made; checking them would cost a sort and make the host wait.
         backend = choose_backend(self.backend, voxels.device, voxels.dtype)
-        sites = Sites(coordinates, self.spatial_shape, batch_size, backend)
+        x = self._run(Sites(coordinates, self.spatial_shape, batch_size, backend), voxels)
+        return x.to_dense().flatten(1, 2)
+
+    def padded(self, voxels: Tensor, coordinates: Tensor, room: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """`forward` of one cloud by Triton, without waiting for the device: for CUDA graphs.
+
+        Args:
+            voxels: (V, 5).
+            coordinates: (V, 4) int32, -1 in rows without a voxel.
+            room: rows for the sites of each strided convolution, `len(stages)` numbers.
+
+        Returns:
+            The BEV map, and (len(stages),) int64 of how many sites there were. It is wrong where they had no room.
+        """
+        x = self._run(Sites(coordinates, self.spatial_shape, 1, "triton", room), voxels)
+        return x.to_dense().flatten(1, 2), torch.stack(x.sites.counts)
+
+    def _run(self, sites: Sites, voxels: Tensor) -> SparseTensor:
         with torch.autocast(voxels.device.type, enabled=False):  # half precision would round places by up to 12 cm
             x = self.input(SparseTensor.at(sites, voxels, {}))
         x = x.with_features(x.features.to(self.output[0].weight.dtype))
         for stage in self.stages:
             x = stage(x)
-        return self.output(x).to_dense().flatten(1, 2)
+        out: SparseTensor = self.output(x)
+        return out
 
 
 class BasicBlock(SparseModule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from perception.networks.layers import sparse_triton
 from perception.networks.layers.folding import fold_norms
-from perception.networks.sparsefusion.boxes import detect, to_boxes3d
+from perception.networks.sparsefusion.boxes import Detections, detect, to_boxes3d
 from perception.networks.sparsefusion.config import SparseFusionConfig
 from perception.networks.sparsefusion.encode import Encoder, absent_cameras, ego_from_network
 from perception.networks.sparsefusion.fast import FastForward
@@ -79,9 +78,13 @@ class SparseFusion(nn.Module):
 
     def decode(self, outputs: Outputs, samples: Sequence[Sample]) -> list[Boxes3D]:
         """The detections of each sample, in ego at its stamp. The host waits for the device once."""
+        return self.boxes(detect(outputs, self.config), samples)
+
+    def boxes(self, detections: Detections, samples: Sequence[Sample]) -> list[Boxes3D]:
+        """Those of each sample that stay, see `to_boxes3d`."""
         frames = [ego_from_network(sample, self.config) for sample in samples]
         stamps_ns = [sample.stamp_ns for sample in samples]
-        return to_boxes3d(detect(outputs, self.config), self.config, frames, stamps_ns)
+        return to_boxes3d(detections, self.config, frames, stamps_ns)
 
     @torch.inference_mode()
     def predict(self, sample: Sample) -> Boxes3D:
@@ -93,12 +96,15 @@ class SparseFusion(nn.Module):
         cameras = self.needs.cameras
         if self.config.modality == "camera" and len(absent_cameras(sample, cameras)) == len(cameras):
             return Boxes3D.empty(self.config.classes, sample.stamp_ns)
-        with nullcontext() if self.fast is None else self.fast.ahead():
-            inputs = self.encode([sample]) if self.fast is None else self.fast.encode(self.encoder, [sample])
-            if inputs.voxels is not None and not len(inputs.voxels):
+        if self.fast is not None:
+            frame = self.fast(sample)
+            if frame.voxels == 0:
                 return Boxes3D.empty(self.config.classes, sample.stamp_ns)
-            outputs: Outputs = self(inputs) if self.fast is None else self.fast(inputs)
-            return self.decode(outputs, [sample])[0]
+            return self.boxes(frame.detections, [sample])[0]
+        inputs = self.encode([sample])
+        if inputs.voxels is not None and not len(inputs.voxels):
+            return Boxes3D.empty(self.config.classes, sample.stamp_ns)
+        return self.decode(self(inputs), [sample])[0]
 
     def accelerate(self) -> None:
         """Predict faster from now on: by `FastForward` in the configured precision on a GPU that has Triton.
@@ -107,7 +113,8 @@ class SparseFusion(nn.Module):
         on a GPU they would not show, elsewhere the state is no longer that of a file.
         """
         if self.encoder.mean.device.type == "cuda" and sparse_triton.installed():
-            self.fast = FastForward(self.lidar, self.image, self.head, getattr(torch, self.config.precision))
+            dtype = getattr(torch, self.config.precision)
+            self.fast = FastForward(self.encoder, self.lidar, self.image, self.head, dtype)
             return
         for part in (self.lidar, self.image, self.head):
             if part is not None:

@@ -81,10 +81,14 @@ def look(
     return Sight(reference, depth, visible & calibration.present[..., None])
 
 
+def most_visible(sight: Sight) -> Tensor:
+    """() int64: the most cells that a view sees."""
+    return sight.visible.sum(-1).max()
+
+
 def count_visible(sight: Sight) -> int:
-    """The most cells that a view sees, rounded up; waits for the device."""
-    most = int(sight.visible.sum(-1).max())
-    return max(1, -(-most // _STEP)) * _STEP
+    """`most_visible`, rounded up; waits for the device."""
+    return max(1, -(-int(most_visible(sight)) // _STEP)) * _STEP
 
 
 class SemanticTransfer(nn.Module):
@@ -104,7 +108,7 @@ class SemanticTransfer(nn.Module):
             lidar_features: (B, C, Y, X).
             pyramid: of the images.
             sight: the cells in the views.
-            visible_cells: as many as any view sees, or more, see `count_visible`; fewer is an error.
+            visible_cells: as many as any view sees, or more, see `count_visible`; fewer leave some out.
         """
         shape = lidar_features.shape[-2:]
         projected = self.lidar_projection(lidar_features.flatten(2).transpose(1, 2))  # (B, N, C)
@@ -138,11 +142,11 @@ class SemanticTransfer(nn.Module):
 def cells_in_view(visible: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Cells where visible (B, K, N), in order: (B K, number) padded with N, and (B K, number) bool: not padding.
 
-    More than `number` of them in a view is an index error.
+    Of a view that sees more than `number`, some are left out.
     """
     flat = visible.flatten(0, 1)
     cell = torch.arange(flat.shape[1], device=flat.device).expand_as(flat)
-    place = torch.where(flat, flat.cumsum(-1), 0)  # the first column takes what is not visible
+    place = torch.where(flat, flat.cumsum(-1), 0).clamp(max=number)  # the first column takes what is not visible
     chosen = torch.full((flat.shape[0], number + 1), flat.shape[1], device=flat.device).scatter(1, place, cell)
     return chosen[:, 1:], torch.arange(number, device=flat.device) < flat.sum(-1, keepdim=True)
 

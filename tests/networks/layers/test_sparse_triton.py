@@ -8,7 +8,7 @@ import torch
 from perception.errors import PerceptionError
 from perception.networks.layers import sparse_torch, sparse_triton
 from perception.networks.layers.sparse import SparseConv3d, SparseInverseConv3d, SparseTensor, SubMConv3d
-from perception.networks.layers.sparse_tensor import choose_backend
+from perception.networks.layers.sparse_tensor import Sites, choose_backend
 
 SHAPE = (9, 11, 10)
 GEOMETRIES = [
@@ -42,6 +42,49 @@ def test_strided_maps_sites_and_inverses_are_equal(geometry, fill, batch_size):
     assert torch.equal(got_sites.cpu(), want_sites)
     assert torch.equal(got.table.cpu().long(), want.forward.table)
     assert torch.equal(got.inverse.table.cpu().long(), want.backward.table)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_with_room_maps_and_sites_are_equal_and_the_host_does_not_wait(geometry, fill):
+    indices, out = random_sites(fill, 2), out_shape(*geometry)
+    want, want_sites = sparse_torch.strided_map(indices, 2, out, *geometry)
+    padded = torch.cat([indices, torch.full((5, 4), -1, dtype=torch.int32)]).cuda()
+    number = len(want_sites)
+    sparse_triton.padded_strided_map(padded, 2, out, *geometry, number + 7)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got, sites, count = sparse_triton.padded_strided_map(padded, 2, out, *geometry, number + 7)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(count) == number
+    assert torch.equal(sites[:number].cpu(), want_sites) and (sites[number:] == -1).all()
+    table = want.forward.table.where(want.forward.table < len(indices), len(padded))
+    assert torch.equal(got.table[:, :number].cpu().long(), table)
+    assert (got.table[:, number:] == len(padded)).all()
+    if number > 1:
+        _, fewer, count = sparse_triton.padded_strided_map(padded, 2, out, *geometry, number - 1)
+        assert torch.equal(fewer.cpu(), want_sites[:-1]) and int(count) == number
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_chain_with_room_gives_the_same_map():
+    indices = random_sites(0.1, 1)
+    features, none = torch.randn(len(indices), 4).cuda(), torch.full((9, 4), -1, dtype=torch.int32)
+    torch.manual_seed(1)
+    first, down = SubMConv3d(4, 8, 3).cuda(), SparseConv3d(8, 8, 3, stride=2, padding=1).cuda()
+    last, flat = SubMConv3d(8, 8, 3).cuda(), SparseConv3d(8, 6, (3, 1, 1), stride=(2, 1, 1)).cuda()
+
+    def run(sites: Sites, rows: torch.Tensor) -> SparseTensor:
+        return flat(last(down(first(SparseTensor.at(sites, rows, {})))))
+
+    want = run(Sites(indices.cuda(), SHAPE, 1, "triton"), features)
+    padded = Sites(torch.cat([indices, none]).cuda(), SHAPE, 1, "triton", room=(1000, 500))
+    got = run(padded, torch.cat([features, torch.full((9, 4), 7.0, device="cuda")]))
+    assert torch.equal(got.to_dense(), want.to_dense())
+    assert [int(count) for count in got.sites.counts][1] == len(want.sites)
 
 
 @pytest.mark.gpu
@@ -111,6 +154,13 @@ def test_gradients_are_refused():
     x = SparseTensor(torch.randn(1, 4, device="cuda"), torch.zeros(1, 4, device="cuda").int(), SHAPE, 1, "triton")
     with pytest.raises(PerceptionError, match=r"no backward pass\n.*torch\.no_grad"):
         SubMConv3d(4, 4, 3).cuda()(x)
+
+
+def test_a_grid_without_a_dense_table_has_no_room():
+    with pytest.raises(PerceptionError, match=r"dense table of at most 1,073,741,824\n  use larger voxels"):
+        sparse_triton.padded_strided_map(
+            torch.zeros(1, 4, dtype=torch.int32), 1, (2000, 2000, 2000), (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1), 5
+        )
 
 
 def test_a_machine_without_it_says_so(monkeypatch):

@@ -75,6 +75,21 @@ def test_a_gpu_encodes_the_same():
         assert_array_equal(its.cpu(), mine)
 
 
+def test_padded_voxels_are_the_encoders_and_rows_without_one_are_marked():
+    made = encoder()
+    points = made.points(sample([[0.1, 0.1, 0.1], [0.3, 0.3, 0.1], [10.1, -19.9, 1.1]]))
+    want = made.voxels([points])
+    *got, found = made.padded_voxels(torch.nn.functional.pad(points, (0, 0, 0, 9), value=torch.nan))
+    kept = len(want[0])
+    assert int(found) == kept == 2
+    assert len(got[0]) == len(got[1]) == made.config.lidar.max_voxels
+    assert_array_equal(got[0][:kept], want[0])
+    assert_array_equal(got[1][:kept], want[1])
+    assert not got[0][kept:].any() and (got[1][kept:] == -1).all()
+    assert_array_equal(got[2], want[2])
+    assert_array_equal(got[3], want[3])
+
+
 def test_voxels_are_means_with_batch_first():
     first = sample([[0.1, 0.1, 0.1], [0.3, 0.3, 0.1], [10.1, -19.9, 1.1]])
     second = sample([[-25.5, 25.5, 2.9]])
