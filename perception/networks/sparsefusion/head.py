@@ -134,7 +134,6 @@ class Head(nn.Module):
         image_levels: list[Tensor] | None,
         sparse_depth: Tensor | None,
         calibration: Calibration | None,
-        visible_cells: int | None = None,
     ) -> Outputs:
         """Candidates and boxes.
 
@@ -145,8 +144,6 @@ class Head(nn.Module):
                 modality `lidar`.
             sparse_depth: (B, K, 2, H / 4, W / 4), see `Inputs`; modality `fusion` alone.
             calibration: of the cameras.
-            visible_cells: what the method `visible_cells` gives, or more; fewer leave some out. None: they are counted,
-                which waits for the device.
         """
         outputs = Outputs(*[None] * len(Outputs._fields))
         if self.config.modality == "lidar":
@@ -160,16 +157,9 @@ class Head(nn.Module):
             return image.into(outputs)
         bev = self.bev_map(lidar_features)
         sight = self.look(height_min, height_max, calibration)
-        enhanced = self.semantic(bev, images, sight, visible_cells or count_visible(sight))
+        enhanced = self.semantic(bev, images, sight, count_visible(sight))
         lidar = self.detect_in_lidar(bev, self.lidar_heatmap(enhanced))
         return lidar.into(image.into(outputs))._replace(fusion=self.fuse(lidar, image, calibration))
-
-    def visible_cells(self, height_min: Tensor, height_max: Tensor, calibration: Calibration) -> int:
-        """Queries that semantic transfer needs for these inputs; waits for the device.
-
-        To run `forward` without waiting (in a CUDA graph, say) ask before and give it the answer.
-        """
-        return count_visible(self.look(height_min, height_max, calibration))
 
     def look(self, height_min: Tensor | None, height_max: Tensor | None, calibration: Calibration) -> Sight:
         """The BEV cells in the views."""

@@ -5,7 +5,7 @@ other visible cells of the view and, deformably, the view's pyramid. Cells that 
 each channel, cells that no view sees keep their LiDAR feature.
 
 The queries of a view are its visible cells in the order of the map, padded to a common number. That number depends on
-the data: reading it is the head's one synchronisation with the device.
+the data: counting it is the head's one synchronisation with the device, and `fast` gives it room instead.
 """
 
 from __future__ import annotations

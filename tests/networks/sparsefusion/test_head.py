@@ -131,25 +131,6 @@ def test_no_points_at_all():
     assert all(p.grad is None or p.grad.isfinite().all() for p in head.parameters())
 
 
-def test_a_known_number_of_visible_cells_gives_the_same():
-    head, inputs = make()
-    count = head.visible_cells(inputs["height_min"], inputs["height_max"], inputs["calibration"])
-    assert count % 256 == 0
-    assert_equal(head(**inputs), head(**inputs, visible_cells=count + 256))
-
-
-@pytest.mark.slow
-def test_the_head_is_one_graph():
-    """Where the number of visible cells is known, nothing in it depends on data: no break for a compiler."""
-    config = small_config()
-    head, inputs = Head(config).eval(), head_inputs(config, 1)
-    count = head.visible_cells(inputs["height_min"], inputs["height_max"], inputs["calibration"])
-    with torch.no_grad():
-        compiled = torch.compile(head, backend="eager", fullgraph=True)
-        assert_equal(compiled(**inputs, visible_cells=count), head(**inputs))
-    torch._dynamo.reset()
-
-
 def test_autocast_stays_close():
     """Coordinates, boxes and logits in full precision, so 16 bits inside shift no box by a cell."""
     torch.manual_seed(1)
@@ -198,25 +179,6 @@ def test_on_cuda_as_on_the_cpu(modality: str):
     outputs = tensors(head.cuda()(**{name: on_cuda(value) for name, value in inputs.items()}))
     for name, value in expected.items():
         torch.testing.assert_close(outputs[name].cpu(), value, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.gpu
-def test_the_device_is_waited_for_once():
-    """Where the number of visible cells is known, not at all."""
-    config = small_config()
-    head = Head(config).eval().cuda()
-    inputs = {name: on_cuda(value) for name, value in head_inputs(config, 1).items()}
-    with torch.no_grad():
-        head(**inputs)
-        count = head.visible_cells(inputs["height_min"], inputs["height_max"], inputs["calibration"])
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            head(**inputs, visible_cells=count)
-            with pytest.raises(RuntimeError, match="synchronizing"):
-                head(**inputs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_statistics_of_the_point_heads_are_those_of_decoded_queries_unless_asked_otherwise():
