@@ -109,6 +109,11 @@ def _modules(network: SparseFusion, sample: Sample) -> Stages:
 def _fast(network: SparseFusion, fast: FastForward, sample: Sample) -> Stages:
     """The stages of a forward pass by `FastForward`, each with the tensors that those before it gave."""
 
+    def taken_up() -> Tensor:
+        images = fast.take_up(sample)
+        fast.join()
+        return images
+
     def joined(images: Tensor) -> tuple[Tensor, ...]:
         levels = fast.levels(images)
         fast.join()
@@ -120,7 +125,7 @@ def _fast(network: SparseFusion, fast: FastForward, sample: Sample) -> Stages:
     if network.image is not None:
         images, camera_numbers = fast.take_up(sample), network.encoder.camera_numbers([sample])
         levels = fast.levels(images)
-        stages["images to the canvas"] = lambda: fast.take_up(sample)
+        stages["images to the canvas"] = taken_up
         stages["image branch"] = lambda: joined(images)
     if network.lidar is not None:
         points = fast.points(sample)

@@ -241,14 +241,14 @@ def warm_up(system: System) -> None:
 
     height, width = _WARM_UP_PIXELS
     intrinsic = np.array([[width / 2, 0, width / 2], [0, width / 2, height / 2], [0, 0, 1.0]])
-    black = np.zeros((height, width, 3), np.uint8)
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)  # a black one would count as missing
     sensors = system.vehicle.sensors
     system.predictor.predict(
         Sample(
             0,
             {role: noise(needs.lidar) for role in sensors.lidars} if needs.lidar is not None else {},
             {role: noise(needs.radar) for role in sensors.radars} if needs.radar is not None else {},
-            {role: CameraImage(black, intrinsic, Pose.identity(), 0) for role in needs.cameras},
+            {role: CameraImage(image, intrinsic, Pose.identity(), 0) for role in needs.cameras},
             odom_from_ego=Pose.identity(),
         )
     )

@@ -1,11 +1,11 @@
-"""Functions of tensors replayed as CUDA graphs: one launch instead of hundreds."""
+"""A function of tensors replayed as a CUDA graph: one launch instead of hundreds."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ T = TypeVar("T")
 
 _WARM_UP = 3  # runs before a capture: libraries choose algorithms and allocate their workspaces then
 
+_CAPTURING = threading.Lock()
+"""A process captures one graph at a time: a capture waits for the device, which another one must not see, and changes
+settings of cuDNN that all threads share."""
+
 
 class _Captured(NamedTuple, Generic[T]):
     graph: torch.cuda.CUDAGraph
@@ -21,51 +25,55 @@ class _Captured(NamedTuple, Generic[T]):
     result: T
 
 
-class CudaGraphs(Generic[T]):
-    """A function, captured once for every set of shapes that it is called with.
+class CudaGraph(Generic[T]):
+    """A function as a graph, captured anew when it is called with other shapes.
 
     The function must be of fixed shapes inside, must not wait for the device, and must keep what it refers to beside
-    its arguments where it is. Its result is overwritten by the next call of the same shapes.
+    its arguments where it is. Its result is overwritten by the next call.
 
-    Args:
-        run: the function of CUDA tensors. Keyword arguments are part of what is captured; tensors in tuples among them
-            are read where they are, each time.
-        capacity: how many graphs are kept; the one used longest ago makes room.
+    The graph is captured on a stream of its own, since graphs that were captured on one stream share a workspace of
+    cuBLAS, and may neither run side by side nor outlive each other.
     """
 
-    def __init__(self, run: Callable[..., T], capacity: int = 8) -> None:
-        self._run = run
-        self._capacity = capacity
-        self._captured: OrderedDict[Hashable, _Captured[T]] = OrderedDict()
+    def __init__(self) -> None:
+        self._captured: dict[Hashable, _Captured[T]] = {}  # none or one
+        self._stream: torch.cuda.Stream | None = None
 
-    def __len__(self) -> int:
-        return len(self._captured)
+    def __call__(self, run: Callable[..., T], *inputs: Tensor, **fixed: Hashable) -> T:
+        """What `run(*inputs, **fixed)` gives, on the current stream.
 
-    def __call__(self, *inputs: Tensor, **fixed: Hashable) -> T:
+        Args:
+            run: the same function at every call, of CUDA tensors on the current device.
+            inputs: copied to where the graph reads them. With other shapes, types or strides it is another graph.
+            fixed: part of what is captured: with other values it is another graph. Tensors among them are read where
+                they are; they are told apart by identity and kept alive.
+        """
         key = (tuple((t.shape, t.dtype, t.stride()) for t in inputs), tuple(fixed.items()))
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = self._capture(inputs, fixed)
-            if len(self._captured) > self._capacity:
-                self._captured.popitem(last=False)
-        self._captured.move_to_end(key)
+            with _CAPTURING:
+                captured = self._captured[key] = self._capture(run, inputs, fixed)
         for mine, given in zip(captured.inputs, inputs, strict=True):
             mine.copy_(given)
         captured.graph.replay()
         return captured.result
 
-    def _capture(self, inputs: tuple[Tensor, ...], fixed: dict[str, Hashable]) -> _Captured[T]:
+    def _capture(self, run: Callable[..., T], inputs: tuple[Tensor, ...], fixed: dict[str, Any]) -> _Captured[T]:
+        torch.cuda.synchronize()  # the graph before may still run
+        self._captured.clear()  # its memory serves the next one
+        here = torch.cuda.current_stream()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(here.device)
         mine = tuple(t.clone(memory_format=torch.preserve_format) for t in inputs)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(here)
         with _measured_algorithms():
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(self._stream):
                 for _ in range(_WARM_UP):
-                    self._run(*mine, **fixed)
-            torch.cuda.current_stream().wait_stream(side)
+                    run(*mine, **fixed)
+            here.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                result = self._run(*mine, **fixed)
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                result = run(*mine, **fixed)
         return _Captured(graph, mine, result)
 
 

@@ -191,10 +191,10 @@ class SparseTensor:
         """(B, C, Z, Y, X), zero at inactive sites."""
         grid = (self.batch_size, *self.spatial_shape)
         channels, cells = self.features.shape[1], math.prod(grid)
-        keys = site_keys(self.indices, self.spatial_shape)
+        keys, spare = site_keys(self.indices, self.spatial_shape), 0
         if self.sites.room is not None:
-            keys = torch.where(self.indices[:, 0] < 0, cells, keys)  # one cell more takes the rows without a site
-        dense = self.features.new_zeros(channels, cells + 1)
+            keys, spare = torch.where(self.indices[:, 0] < 0, cells, keys), 1  # it takes the rows without a site
+        dense = self.features.new_zeros(channels, cells + spare)
         dense.index_copy_(1, keys, self.features.t())
         return dense[:, :cells].unflatten(1, grid).transpose(0, 1).contiguous()
 

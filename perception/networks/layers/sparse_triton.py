@@ -56,6 +56,11 @@ def installed() -> bool:
     return find_spec("triton") is not None
 
 
+def has_dense_tables(spatial_shape: Triple) -> bool:
+    """Whether one grid of this size, and what its convolutions read around it, is looked up in dense tables."""
+    return math.prod(n + 3 for n in spatial_shape) <= _MOST_CELLS
+
+
 def check_usable(device: torch.device, dtype: torch.dtype) -> None:
     """Raise PerceptionError unless the kernels run for features of this kind."""
     if not installed():

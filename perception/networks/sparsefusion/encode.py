@@ -4,7 +4,8 @@ The points are taken as they come, the key sweep first: a voxel keeps its first 
 point is cut off before. The sparse depth map holds the key sweep alone, since what moves has left its earlier places.
 
 On a GPU everything but the copying runs there. Points and images go up as they are through pinned memory, a sample's
-camera numbers in one tensor; the host waits for the device once a sample, for the number of voxels.
+camera numbers in one tensor; the host waits for the device once a sample, for the number of voxels, and for
+`padded_voxels` not at all.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
         return torch.cat([self._upload(xyz), self._upload(fields).T], 1)
 
     def key_sweep(self, sample: Sample) -> int:
-        """Points of the cloud that are the key sweep's: it comes first."""
+        """Points of the cloud before the first with a time lag: the key sweep's, which `accumulate` puts first."""
         cloud = _cloud(sample, self.config)
         if "time_lag" not in cloud.fields or not len(cloud):
             return len(cloud)

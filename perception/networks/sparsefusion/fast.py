@@ -7,10 +7,12 @@
   scored boxes. The first runs beside the second, whose many small kernels go before it. In the third what is done for
   the cameras alone runs beside what is for the LiDAR.
 * In a graph no size depends on the data. Points, sites of the sparse tensors and visible cells get room for more than
-  there are; a frame that needs more than the room so far is run again with more, in a graph that is captured anew.
-* A second thread takes the images up: to copy 26 MB (six of 1600 x 900) takes the host 4 ms, and no lock of Python's.
+  there are; a frame that needs more than the room so far is run again with more, in graphs that are captured anew. So
+  the first frames of a drive, while sweeps gather and streets widen, take some tenths of a second now and then.
+* A second thread takes the images up: to copy 26 MB (six of 1600 x 900) takes the host milliseconds, and no lock of
+  Python's.
 
-The host waits for the device once, for what a frame needed, when all is done.
+The host waits for the device once, for what a frame needed, when all is done; what is left to fetch then are the boxes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.networks.layers.attention import Attention, DeformableAttention
-from perception.networks.layers.cuda_graphs import CudaGraphs
+from perception.networks.layers.cuda_graphs import CudaGraph
 from perception.networks.layers.folding import fold_norms
 from perception.networks.sparsefusion.boxes import Detections, detect
 from perception.networks.sparsefusion.encode import Encoder, as_calibration
@@ -46,7 +48,7 @@ _STEP = 1024
 
 
 class Room(NamedTuple):
-    """How much of what varies from frame to frame a graph takes.
+    """How much of what varies from frame to frame the graphs take. It never shrinks: what is unused costs little.
 
     Attributes:
         points: of the cloud.
@@ -89,7 +91,7 @@ class Frame(NamedTuple):
 
     Attributes:
         outputs: of the network.
-        detections: the boxes.
+        detections: scored boxes of all queries.
         voxels: there are in range, kept or not; None without a LiDAR.
     """
 
@@ -101,7 +103,7 @@ class Frame(NamedTuple):
 class FastForward:
     """Sample -> Frame, equal to the modules' own up to rounding.
 
-    The modules are copied: later changes of their weights do not show.
+    The modules are copied: later changes of their weights do not show. One thread at a time may call it.
 
     Args:
         encoder, lidar, image, head: of a SparseFusion in evaluation mode, on a GPU.
@@ -122,15 +124,15 @@ class FastForward:
                 part.to(dtype)
             strided = len(self._lidar.encoder.stages)
         self._room = Room(_STEP, _STEP, _STEP, (_STEP,) * strided)
-        self._settled = False  # until a frame fitted
-        self._image_graphs = CudaGraphs(self._run_image, capacity=1)
-        self._lidar_graphs = CudaGraphs(self._run_lidar, capacity=1)
-        self._rest_graphs = CudaGraphs(self._run_rest, capacity=1)
+        self._settled = False  # whether this room was enough for a frame
+        self._image_graph: CudaGraph[tuple[Tensor, ...]] = CudaGraph()
+        self._lidar_graph: CudaGraph[LidarTensors] = CudaGraph()
+        self._rest_graph: CudaGraph[tuple[Outputs, Detections]] = CudaGraph()
         device = encoder.mean.device
         self._ahead = torch.cuda.Stream(device, priority=-1)
         self._beside = torch.cuda.Stream(device)
         self._cameras = torch.cuda.Stream(device)
-        self._thread = ThreadPoolExecutor(1, "images")
+        self._thread = ThreadPoolExecutor(1, "images", torch.cuda.set_device, (device,))
 
     @torch.inference_mode()
     def __call__(self, sample: Sample) -> Frame:
@@ -139,6 +141,8 @@ class FastForward:
             images = self._thread.submit(self.take_up, sample) if self._image is not None else None
             camera_numbers = self._encoder.camera_numbers([sample]) if self._image is not None else None
             points = self.points(sample) if self._lidar is not None else None
+            if images is not None and not self._settled:
+                wait([images])  # nothing else goes on while graphs are captured
             lidar = self.lidar(points, camera_numbers) if points is not None else None
             levels = self.levels(images.result()) if images is not None else None
             if points is None or lidar is None:
@@ -165,8 +169,7 @@ class FastForward:
 
     def _fits(self, counts: list[int]) -> bool:
         """Whether there was room for all that a frame needed; else there is from now on."""
-        voxels, *sites = counts
-        self._encoder.voxels_dropped = max(0, voxels - self._encoder.config.lidar.max_voxels)
+        _, *sites = counts
         cells = sites.pop() if self._image is not None else 0
         room = self._room._replace(
             cells=_grown(self._room.cells, cells), sites=tuple(map(_grown, self._room.sites, sites))
@@ -183,25 +186,27 @@ class FastForward:
     def points(self, sample: Sample) -> Tensor:
         """(points there is room for, 5) of the sample; what is left of the room is NaN."""
         points = self._encoder.points(sample)
-        self._room = self._room._replace(
+        room = self._room._replace(
             points=_grown(self._room.points, len(points)),
             key_sweep=_grown(self._room.key_sweep, self._encoder.key_sweep(sample)),
         )
+        self._settled, self._room = self._settled and room == self._room, room
         return F.pad(points, (0, 0, 0, self._room.points - len(points)), value=math.nan)
 
     def levels(self, images: Tensor) -> tuple[Tensor, ...]:
         """The image branch, beside what comes next on the current stream."""
         with torch.cuda.stream(self._beside):
-            return self._image_graphs(images)
+            return self._image_graph(self._run_image, images)
 
     def join(self) -> None:
         """The current stream waits for `levels`."""
-        torch.cuda.current_stream().wait_stream(self._beside)
+        torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
 
     def lidar(self, points: Tensor, camera_numbers: Tensor | None) -> LidarTensors:
         """Voxels, the sparse encoder and the cells in the views, of what `points` and the encoder gave."""
         inputs = [tensor for tensor in (points, camera_numbers) if tensor is not None]
-        return self._lidar_graphs(*inputs, room=self._room)
+        room = self._room
+        return self._lidar_graph(self._run_lidar, *inputs, key_sweep=room.key_sweep, sites=room.sites)
 
     def rest(
         self, camera_numbers: Tensor | None, levels: tuple[Tensor, ...] | None, lidar: LidarTensors | None
@@ -209,23 +214,25 @@ class FastForward:
         """The BEV map's backbone and pyramid, the head and scored boxes, of what the methods above gave."""
         self.join()
         inputs = [camera_numbers] if camera_numbers is not None and lidar is None else []
-        return self._rest_graphs(*inputs, levels=levels, lidar=lidar, cells=self._room.cells)
+        return self._rest_graph(self._run_rest, *inputs, levels=levels, lidar=lidar, cells=self._room.cells)
 
     def _run_image(self, images: Tensor) -> tuple[Tensor, ...]:
         assert self._image is not None
         flat = images.flatten(0, 1).to(self._dtype, memory_format=torch.channels_last)
         return tuple(self._image(flat))
 
-    def _run_lidar(self, points: Tensor, camera_numbers: Tensor | None = None, *, room: Room) -> LidarTensors:
+    def _run_lidar(
+        self, points: Tensor, camera_numbers: Tensor | None = None, *, key_sweep: int, sites: tuple[int, ...]
+    ) -> LidarTensors:
         assert self._lidar is not None
         means, coordinates, low, high, voxels = self._encoder.padded_voxels(points)
-        bev, sites = self._lidar.encoder.padded(means, coordinates, room.sites)
-        counts = [voxels[None], sites]
+        bev, found = self._lidar.encoder.padded(means, coordinates, sites)
+        counts = [voxels[None], found]
         if camera_numbers is None:
             return LidarTensors(bev, None, None, None, torch.cat(counts))
         calibration = as_calibration(camera_numbers)
         of_sample = Calibration(*(values[0] for values in calibration))
-        depth = self._encoder.sparse_depth(points[: room.key_sweep], of_sample)[None]
+        depth = self._encoder.sparse_depth(points[:key_sweep], of_sample)[None]
         sight = self._head.look(low, high, calibration)
         return LidarTensors(bev, depth, calibration, sight, torch.cat([*counts, most_visible(sight)[None]]))
 

@@ -98,6 +98,8 @@ class SparseFusion(nn.Module):
             return Boxes3D.empty(self.config.classes, sample.stamp_ns)
         if self.fast is not None:
             frame = self.fast(sample)
+            if frame.voxels is not None:
+                self.encoder.voxels_dropped = max(0, frame.voxels - self.config.lidar.max_voxels)
             if frame.voxels == 0:
                 return Boxes3D.empty(self.config.classes, sample.stamp_ns)
             return self.boxes(frame.detections, [sample])[0]
@@ -109,10 +111,12 @@ class SparseFusion(nn.Module):
     def accelerate(self) -> None:
         """Predict faster from now on: by `FastForward` in the configured precision on a GPU that has Triton.
 
-        Elsewhere norms are folded into convolutions, in place, whose channels lie last. Weights must not change later:
-        on a GPU they would not show, elsewhere the state is no longer that of a file.
+        Elsewhere, and for a grid too large for dense tables of its sites (2^30 cells), norms are folded into
+        convolutions, in place, whose channels lie last. Weights must not change later: on a GPU they would not show,
+        elsewhere the state is no longer that of a file.
         """
-        if self.encoder.mean.device.type == "cuda" and sparse_triton.installed():
+        on_gpu = self.encoder.mean.device.type == "cuda" and sparse_triton.installed()
+        if on_gpu and (self.lidar is None or sparse_triton.has_dense_tables(self.lidar.encoder.spatial_shape)):
             dtype = getattr(torch, self.config.precision)
             self.fast = FastForward(self.encoder, self.lidar, self.image, self.head, dtype)
             return

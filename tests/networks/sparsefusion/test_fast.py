@@ -111,6 +111,7 @@ def test_voxels_beyond_the_cap_are_told():
     keys["lidar"]["max_voxels"] = 7
     network = SparseFusion(SparseFusionConfig.model_validate(keys)).cuda().eval()
     network.accelerate()
+    network.predict(sample())
     found = network.fast(sample()).voxels
     assert found > 7
     assert network.degraded(sample()) == f"{found - 7} voxels beyond the 7 that lidar.max_voxels allows"
