@@ -147,7 +147,11 @@ def bench_city(
 
     The first samples, up to those that waited for their turn while all workers built their first scenes, are not
     timed; the scenes built later are.
+
+    Raises:
+        ConfigError: the machine lacks the city's device.
     """
+    device = usable_device(city.device)
     stream = fresh(city, workers, together)
     sample, _ = next(stream)
     for _ in range(max(1, workers) * 3 * together):
@@ -161,7 +165,6 @@ def bench_city(
         took_s = time.perf_counter() - start
         return CityRate(name, where, _sample_size(sample, city), samples, samples / took_s)
 
-    device = torch.device(city.device)
     where = (
         f"{_in_words(device)}, {max(1, workers)} process{'es' if workers > 1 else ''}, {together} key frames at once"
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from perception.bench import BenchRow, measure
 from perception.config import apply_override, read_yaml, validate
 from perception.device import usable_device
+from perception.errors import ConfigError
 from perception.networks.sparsefusion import SparseFusion, SparseFusionConfig
 from perception.networks.sparsefusion.fast import FastForward
 from perception.synthetic.city import City, CityConfig
@@ -23,20 +24,33 @@ from perception.weights import load_weights
 Stages = dict[str, Callable[[], object]]
 
 
-def bench_network(path: Path | None, weights: Path | None, overrides: Sequence[str]) -> SparseFusion:
-    """The network of a configuration's `predictor` keys, with weights or random ones.
+def bench_network(path: Path | None, weights: Path | None, overrides: Sequence[str]) -> tuple[SparseFusion, str]:
+    """The network of a configuration's `predictor` keys, and in words what weights it has.
+
+    Args:
+        path: of the configuration; None for the released one with a ResNet-50.
+        weights: a file in place of the configuration's; with neither they are random, which is as fast.
+        overrides: `key=value` of the predictor's keys.
 
     Raises:
         ConfigError: the configuration does not fit, or is another network's.
         DataError: the weights do not fit.
     """
+    where = str(path or "the command line")
     keys = {"name": "sparsefusion", **(read_yaml(path).get("predictor", {}) if path else {})}
     for override in overrides:
         apply_override(keys, override.removeprefix("predictor."))
-    network = SparseFusion(validate(SparseFusionConfig, keys, str(path or "the command line"), "predictor."))
-    if weights is not None:
-        load_weights(network, weights)
-    return network
+    if keys["name"] != "sparsefusion":
+        raise ConfigError(
+            f"{where}: predictor.name is {keys['name']!r}", "give a configuration of sparsefusion, or none"
+        )
+    config = validate(SparseFusionConfig, keys, where, "predictor.")
+    network = SparseFusion(config)
+    weights = weights or config.weights
+    if weights is None:
+        return network, "random weights: the times are those of trained ones"
+    load_weights(network, weights)
+    return network, f"weights: {weights}"
 
 
 _ENLARGED = 4

@@ -362,7 +362,9 @@ def bench_sparsefusion(
     config: Annotated[
         Path | None, typer.Argument(help="A configuration (.yaml). Without: the released one with a ResNet-50.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="A .safetensors file. Without: random weights, as fast.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors file. Without: the configuration's, or random ones, as fast.")
+    ] = None,
     device: DeviceOption = "cpu",
     samples: Annotated[int, typer.Option(min=1, help="Samples of the city that are predicted in turn.")] = 2,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs, after three to warm up.")] = 20,
@@ -371,11 +373,12 @@ def bench_sparsefusion(
     """SparseFusion from point array and decoded images to boxes, stage by stage, one sample at a time."""
     from perception.bench_sparsefusion import bench_network, city_samples
     from perception.bench_sparsefusion import bench_sparsefusion as bench
+    from perception.device import usable_device
     from perception.tables import bench_table
 
-    network = bench_network(config, weights, set_ or [])
-    if weights is None:
-        err.print("random weights: the times are those of trained ones, the boxes mean nothing")
+    usable_device(device)
+    network, of_weights = bench_network(config, weights, set_ or [])
+    err.print(of_weights)
     out.print(bench_table(bench(network, city_samples(network.config, samples, device), device, runs)))
 
 

@@ -55,7 +55,16 @@ def test_samples_have_what_the_network_takes():
 def test_a_network_of_a_configuration_file(tmp_path: Path):
     path = tmp_path / "a.yaml"
     path.write_text("benchmark: nuscenes_detection\npredictor: {name: sparsefusion, queries: 7}\n")
-    network = bench_network(path, None, ["precision=float16", "predictor.channels=16"])
+    network, of_weights = bench_network(path, None, ["precision=float16", "predictor.channels=16"])
+    assert of_weights.startswith("random weights")
     assert (network.config.queries, network.config.precision, network.config.channels) == (7, "float16", 16)
     with pytest.raises(ConfigError, match=r"unknown key 'predictor\.querys'"):
         bench_network(path, None, ["querys=3"])
+
+
+def test_the_configuration_s_weights_are_taken_and_another_network_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    _, of_weights = bench_network(Path("configs/sparsefusion_city.yaml"), None, [])
+    assert of_weights == "weights: models/sparsefusion_city/sparsefusion_city.safetensors"
+    with pytest.raises(ConfigError, match=r"predictor\.name is 'truth_echo'\n  give a configuration of sparsefusion"):
+        bench_network(None, None, ["name=truth_echo"])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import builders
 import pytest
+import torch
 
 from perception.cli import main
 from perception.errors import PerceptionError
@@ -108,3 +109,11 @@ def test_a_token_that_is_not_there_names_near_ones(perception, nuscenes):
     assert "no sample with token 'abc' among 6" in done.err
     done = perception("inspect", nuscenes, "--index", 6)
     assert "--index 6: there are 6 samples" in done.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("bench", ["sparsefusion", "city", "sparse"])
+def test_a_device_that_is_not_there_is_said(bench, perception):
+    done = perception("bench", bench, "--device", "cuda")
+    assert done.code == 2
+    assert "sees 0 CUDA devices" in done.err and "use another device" in done.err

@@ -51,6 +51,7 @@ class SparseFusion(nn.Module):
         self.image = ImageBranch(config.image) if config.modality != "lidar" else None
         self.head = Head(config)
         self.fast: FastForward | None = None
+        self._voxels: int | None = None  # of the last sample predicted; None without a LiDAR
 
     @classmethod
     def from_original(cls, state_dict: Mapping[str, Tensor], config: SparseFusionConfig) -> SparseFusion:
@@ -98,13 +99,15 @@ class SparseFusion(nn.Module):
             return Boxes3D.empty(self.config.classes, sample.stamp_ns)
         if self.fast is not None:
             frame = self.fast(sample)
+            self._voxels = frame.voxels
             if frame.voxels is not None:
                 self.encoder.voxels_dropped = max(0, frame.voxels - self.config.lidar.max_voxels)
             if frame.voxels == 0:
                 return Boxes3D.empty(self.config.classes, sample.stamp_ns)
             return self.boxes(frame.detections, [sample])[0]
         inputs = self.encode([sample])
-        if inputs.voxels is not None and not len(inputs.voxels):
+        self._voxels = None if inputs.voxels is None else len(inputs.voxels)
+        if self._voxels == 0:
             return Boxes3D.empty(self.config.classes, sample.stamp_ns)
         return self.decode(self(inputs), [sample])[0]
 
@@ -133,6 +136,8 @@ class SparseFusion(nn.Module):
         """
         absent = absent_cameras(sample, self.needs.cameras)
         parts = ["camera " + ", ".join(f"{role} {why}" for role, why in absent.items())] if absent else []
+        if self._voxels == 0:
+            parts.append(f"no point of LiDAR {self.config.lidar.role} in range")
         if dropped := self.encoder.voxels_dropped:
             parts.append(f"{dropped} voxels beyond the {self.config.lidar.max_voxels} that lidar.max_voxels allows")
         return "; ".join(parts)

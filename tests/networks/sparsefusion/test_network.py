@@ -93,8 +93,12 @@ def test_a_batch_is_its_samples():
 @pytest.mark.parametrize("xyz", [np.zeros((0, 3)), np.array([[90.0, 0, 0], [0, 0, 40]])], ids=["empty", "out of range"])
 def test_no_point_in_range_predicts_nothing(modality: str, xyz: np.ndarray):
     cloud = PointCloud(xyz.astype(np.float32), {"intensity": np.zeros(len(xyz))}, EGO_FROM_LIDAR, 0)
-    boxes = network(modality=modality).predict(sample(lidars={"top": cloud}, stamp_ns=3))
+    net, blind = network(modality=modality), sample(lidars={"top": cloud}, stamp_ns=3)
+    boxes = net.predict(blind)
     assert len(boxes) == 0 and boxes.stamp_ns == 3 and boxes.classes == builders.CLASSES
+    assert net.degraded(blind) == "no point of LiDAR top in range"
+    net.predict(sample())
+    assert net.degraded(sample()) == ""
 
 
 def test_points_that_are_not_numbers_are_dropped_and_counted():
