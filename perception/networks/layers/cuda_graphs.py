@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ _CAPTURING = threading.Lock()
 settings of cuDNN that all threads share."""
 
 
-class _Captured(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class _Captured(Generic[T]):
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     result: T
