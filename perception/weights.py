@@ -216,6 +216,7 @@ class Misfit(NamedTuple):
 
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], Manifest]:
     try:
+        path.open("rb").close()  # safetensors' own OSError repeats the path, and calls a folder a missing device
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
             state = {name: stream.get_tensor(name) for name in stream.keys()} if tensors else {}  # noqa: SIM118

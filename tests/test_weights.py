@@ -121,6 +121,13 @@ def test_a_foreign_file_is_refused(tmp_path: Path, make, message: str):
         read_manifest(path)
 
 
+def test_a_file_that_cannot_be_opened_is_named_once(tmp_path: Path):
+    for path, why in ((tmp_path / "absent.safetensors", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(DataError) as raised:
+            read_manifest(path)
+        assert str(raised.value) == f"{path}: {why}\n  give the path of a weights file"
+
+
 def test_a_truncated_or_damaged_file_is_refused(file: Path):
     data = file.read_bytes()
     file.write_bytes(data[:-3])
