@@ -7,6 +7,7 @@ harmless types of `_HARMLESS`. What their keys and layouts mean, the module `off
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -96,13 +97,16 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         DataError: it cannot be read, holds other than plain data, or has no state.
     """
+    if path.suffix == ".safetensors" and path.is_file():  # later versions of torch.load read it too
+        do = "use it as it is; `perception weights convert` reads the authors' .pth"
+        raise DataError(f"{path}: is a weights file already", do)
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}", "give the path of the checkpoint") from error
     except Exception as error:  # torch raises what its parts raise: zip, pickle, struct
-        raise DataError(f"{path}: {_why_unreadable(error)}", "give the file as its authors released it") from error
+        raise _unreadable(path, error) from error
     state = data.get("state_dict") if isinstance(data, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         kind = f"keys {some_of([str(key) for key in data])}" if isinstance(data, Mapping) else type(data).__name__
@@ -113,12 +117,21 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _why_unreadable(error: Exception) -> str:
-    """torch's own message, without its advice to load the file unsafely."""
-    text = str(error)
-    if found := re.search(r"nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", text):
-        return f"it holds {found[1]}, which is neither a tensor nor plain data"
-    return f"not a whole file that torch wrote ({text.splitlines()[0] if text else type(error).__name__})"
+def _unreadable(path: Path, error: Exception) -> DataError:
+    """Why, without torch's own text, which advises to load the file unsafely."""
+    do = "give the file as its authors released it"
+    if found := re.search(r"nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", str(error)):
+        return DataError(f"{path}: it holds {found[1]}, which is neither a tensor nor plain data", do)
+    if _begins_as_torchs(path) and not zipfile.is_zipfile(path):
+        return DataError(f"{path}: a checkpoint that is cut short or damaged", f"copy it again; {do}")
+    return DataError(f"{path}: not a checkpoint that torch wrote, or damaged", do)
+
+
+def _begins_as_torchs(path: Path) -> bool:
+    """As a zip archive does, or as torch wrote before version 1.6: a pickle of its magic number."""
+    with path.open("rb") as stream:
+        head = stream.read(15)
+    return head.startswith((b"PK\x03\x04", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."))
 
 
 def _converter(system: str) -> tuple[type[nn.Module], ModuleType]:

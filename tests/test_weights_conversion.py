@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from perception.errors import DataError, PerceptionError
@@ -81,7 +83,7 @@ def test_other_files_than_checkpoints_are_refused(tmp_path: Path):
     path = tmp_path / "epoch_6.pth"
     torch.save(checkpoint(), path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"epoch_6.pth: not a whole file that torch wrote"):
+    with pytest.raises(DataError, match=r"epoch_6.pth: a checkpoint that is cut short\n  copy it again"):
         read_checkpoint(path)
     with pytest.raises(DataError, match=r"absent.pth: No such file"):
         read_checkpoint(tmp_path / "absent.pth")
@@ -91,6 +93,43 @@ def test_other_files_than_checkpoints_are_refused(tmp_path: Path):
     torch.save([1, 2], path)
     with pytest.raises(DataError, match="this one has list"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("left", [20, -100])
+def test_a_checkpoint_of_an_old_torch_that_is_cut_short_is_told(tmp_path: Path, left: int):
+    path = tmp_path / "epoch_6.pth"
+    torch.save(checkpoint(), path, _use_new_zipfile_serialization=False)
+    assert read_checkpoint(path).keys() == SMALL.state_dict().keys()
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(DataError, match=r"epoch_6.pth: a checkpoint that is cut short"):
+        read_checkpoint(path)
+
+
+def _archive(content: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("data.pkl", content)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"", b"hello\n", b"<!DOCTYPE html>", b"name: x", _archive(b"hello")])
+def test_what_is_no_checkpoint_is_told_in_our_words(tmp_path: Path, data: bytes):
+    """torch's text would advise to load the file unsafely."""
+    path = tmp_path / "epoch_6.pth"
+    path.write_bytes(data)
+    with pytest.raises(DataError) as raised:
+        read_checkpoint(path)
+    assert raised.value.what == f"{path}: not a checkpoint that torch wrote, or damaged"
+    assert raised.value.do == "give the file as its authors released it"
+
+
+def test_a_weights_file_needs_no_conversion(tmp_path: Path):
+    path = tmp_path / "small.safetensors"
+    save_file(SMALL.state_dict(), path)
+    with pytest.raises(DataError) as raised:
+        convert_weights("sparsefusion", path, tmp_path / "out.safetensors")
+    assert raised.value.what == f"{path}: is a weights file already"
+    assert raised.value.do == "use it as it is; `perception weights convert` reads the authors' .pth"
 
 
 def test_a_system_without_checkpoints_is_told(tmp_path: Path):
