@@ -42,10 +42,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         data = torch.load(path, map_location="cpu", weights_only=True)
         return Checkpoint(**data)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}", "start without --resume") from error
-    except Exception as error:  # torch raises what its parts raise: zip, pickle, struct
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: no checkpoint of a training: {message}", "start without --resume") from error
+        raise DataError(
+            f"{path}: {error.strerror or error}",
+            "start without --resume, or name with --out the folder of the training to go on with",
+        ) from error
+    # torch raises what its parts raise: zip, pickle, struct. Its text can advise to load the file unsafely.
+    except Exception as error:
+        raise DataError(
+            f"{path}: no checkpoint of a training, or cut short", "start anew: without --resume, with another --out"
+        ) from error
 
 
 def generator_states(device: torch.device) -> list[Tensor]:

@@ -67,6 +67,9 @@ class Training:
         resume: go on from the folder's checkpoint; ConfigError where its configuration is another one, DataError where
             its network is.
         report: called with each line of the log, in the leading process.
+
+    Raises:
+        ConfigError: the folder holds a checkpoint that would be overwritten, not being resumed.
     """
 
     def __init__(
@@ -83,6 +86,11 @@ class Training:
         self.network, self.config, self.place, self.folder, self._report = network, config, place, folder, report
         self._predictor = predictor
         self.step, self.overflows = 0, 0
+        if not resume and place.any(self.checkpoint_path.exists()):
+            raise ConfigError(
+                f"{folder}: holds the checkpoint of a training",
+                "--resume goes on from it; another --out starts anew",
+            )
         torch.manual_seed(config.seed + place.rank)  # dropout; the network was initialised by the caller
         freeze(network, config.freeze)
         self.optimiser = make_optimiser(network, config.optimiser)

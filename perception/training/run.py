@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +13,10 @@ from torch import nn
 
 from perception.config import Config
 from perception.datasets import open_dataset
-from perception.errors import ConfigError
+from perception.errors import ConfigError, DataError
 from perception.predictor import PREDICTORS
 from perception.synthetic.city import CityConfig
-from perception.training.config import TrainConfig
+from perception.training.config import TrainConfig, TrainingConfig
 from perception.training.data import batches
 from perception.training.distributed import Place, joined
 from perception.training.log import Progress
@@ -48,7 +48,12 @@ def train(
 
     Returns:
         Whether the last step was made.
+
+    Raises:
+        ConfigError: the folder holds a checkpoint that is not to be resumed, or one of another configuration.
+        DataError: a file of `training.weights` is missing or does not fit.
     """
+    _check_weights(config.training.weights)
     with joined(device) as place:
         tell = report if place.leads else lambda line: None
         torch.manual_seed(config.training.seed)  # the same network in every process
@@ -62,6 +67,7 @@ def train(
             network, config.training, place, folder, predictor=config.predictor, resume=resume, report=tell
         )
         tell(f"{sum(p.numel() for p in network.parameters()):,} parameters, from step {training.step}")
+        tell(step_size(config.training, place.count))
         source = _source(config.training.data, place)
         needs: Needs = network.needs  # type: ignore[assignment]  # Trainable
         classes = getattr(config.predictor, "classes", None)
@@ -72,6 +78,24 @@ def train(
             write_weights(path, training.weights, config.predictor, torch.float16)
             tell(f"wrote {path}" if done else f"stopped early; wrote {path}")
         return done
+
+
+def step_size(config: TrainingConfig, processes: int) -> str:
+    """The batch of all processes, which the learning rate is of, and the schedule's length, in words."""
+    count = "1 process" if processes == 1 else f"{processes} processes"
+    length = f"{config.steps:,} steps" + (f" or {config.minutes:g} minutes" if config.minutes is not None else "")
+    return f"batch of {config.batch_size} x {count} = {config.batch_size * processes} samples a step, {length}"
+
+
+def _check_weights(paths: Sequence[Path]) -> None:
+    """Before the network is made, which takes longer."""
+    for path in paths:
+        if not path.is_file():
+            raise DataError(
+                f"training.weights: {path} is not there",
+                "train what it comes of first (for the released configurations stage one: `perception train "
+                "configs/sparsefusion_nuscenes_lidar.yaml --out out/lidar`), or set training.weights",
+            )
 
 
 def _network(config: Config) -> nn.Module:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from stand_in import Centroid, Overflowing, Shapes
 
+from perception.errors import ConfigError
 from perception.synthetic.city import CityConfig
 from perception.training.config import OptimiserConfig, TrainingConfig
 from perception.training.data import batches
@@ -20,6 +22,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--overflow", action="store_true", help="in the second process")
+    parser.add_argument("--own-folder", action="store_true", help="by rank, below the folder")
     arguments = parser.parse_args()
     config = TrainingConfig(
         data=CityConfig(),
@@ -35,11 +38,16 @@ if __name__ == "__main__":
         network = Centroid(normalised=False, dropout=0.0)
         if arguments.overflow:
             network = Centroid() if place.leads else Overflowing("statistics")
-        training = Training(
-            network,
-            config,
-            place,
-            arguments.folder,
-            report=lambda p: print(f"step {p.step}", flush=True),  # noqa: T201
-        )
+        folder = arguments.folder / str(place.rank) if arguments.own_folder else arguments.folder
+        try:
+            training = Training(
+                network,
+                config,
+                place,
+                folder,
+                report=lambda p: print(f"step {p.step}", flush=True),  # noqa: T201
+            )
+        except ConfigError as error:
+            print(error, flush=True)  # noqa: T201
+            sys.exit()  # without failing: torchrun would end the others before they tell theirs
         training.run(batches(config, Shapes(), network.needs, place, 0))

@@ -145,19 +145,34 @@ def test_failures_say_what_and_where(tmp_path):
     start(tmp_path, config(3, log_every=2), resume=True)  # how often to write may differ
     with pytest.raises(DataError, match=r"checkpoint.pt does not fit the network: .* unexpected: norm.weight"):
         start(tmp_path, config(3), resume=True, normalised=False)
-    with pytest.raises(DataError, match=r"nowhere.checkpoint.pt: No such file.*\n.*without --resume"):
+    with pytest.raises(DataError, match=r"nowhere.checkpoint.pt: No such file.*\n.*without --resume, or .* --out"):
         start(tmp_path / "nowhere", config(3), resume=True)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match="no checkpoint of a training"):
+    with pytest.raises(DataError) as raised:
         start(tmp_path, config(3), resume=True)
+    assert raised.value.what == f"{path}: no checkpoint of a training, or cut short", "without torch's text"
 
     class Endless(Centroid):
         def loss(self, outputs, targets):
             return {"x": outputs.sum() * float("nan")}
 
     with pytest.raises(PerceptionError, match=r"step 1: x is not finite\n.*lower training.optimiser.lr"):
-        run(Training(Endless(), config(3), ALONE, tmp_path))
+        run(Training(Endless(), config(3), ALONE, tmp_path / "endless"))
+
+
+REFUSED = "holds the checkpoint of a training\n  --resume goes on from it; another --out starts anew"
+
+
+def test_a_training_is_not_started_over_another(tmp_path):
+    run(start(tmp_path, config(3)))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError) as raised:
+        start(tmp_path, config(3))
+    assert str(raised.value) == f"{tmp_path}: {REFUSED}"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "checkpoint.pt").unlink()
+    assert run(start(tmp_path, config(3))), "a log alone is none"
 
 
 def test_a_training_of_another_network_is_not_resumed(tmp_path):
@@ -211,6 +226,15 @@ def test_a_step_that_overflows_in_one_process_is_left_out_in_all(tmp_path):
     assert [line["overflows"] for line in lines] == [0, *[1] * 7]
     there = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in there["network"].values())
+
+
+def test_processes_refuse_alike_where_only_the_leading_one_sees_a_checkpoint(tmp_path):
+    """As on hosts with disks of their own: none may wait for another for ever."""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "checkpoint.pt").touch()
+    told = launch(2, tmp_path, "--own-folder").communicate(timeout=120)[0]
+    for rank in range(2):
+        assert f"{tmp_path / str(rank)}: {REFUSED}\n" in told
 
 
 @pytest.mark.slow

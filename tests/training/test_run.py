@@ -8,10 +8,11 @@ import yaml
 from typer.testing import CliRunner
 
 from perception.cli import app
-from perception.errors import ConfigError
+from perception.errors import ConfigError, DataError
 from perception.networks.sparsefusion import SparseFusion
 from perception.synthetic.city import City
 from perception.training.config import load_train_config
+from perception.training.run import step_size
 from perception.weights import load_weights, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ def test_the_command_trains_and_its_weights_load(tmp_path):
     """A real network on the real city, one step: the whole way but a GPU."""
     changes = [part for key in SMALL for part in ("--set", key)]
     done = CliRunner().invoke(app, ["train", str(CITY), "--out", str(tmp_path), *changes], catch_exceptions=False)
+    assert "batch of 1 x 1 process = 1 samples a step, 1 steps\n" in done.output
     assert done.exit_code == 0 and "step 1  loss" in done.output and "point_box" in done.output
     config = load_train_config(CITY, SMALL).predictor
     network = SparseFusion(config)
@@ -59,6 +61,23 @@ def test_a_predictor_without_parameters_is_not_trained(tmp_path):
         app, ["train", str(CITY), "--set", "predictor={name: truth_echo}", "--out", str(tmp_path)]
     )
     assert isinstance(done.exception, ConfigError) and "truth_echo has nothing to learn" in str(done.exception)
+
+
+def test_a_step_is_told_by_its_samples():
+    training = load_train_config(ROOT / "configs" / "sparsefusion_nuscenes_r50.yaml").training
+    assert step_size(training, 4) == "batch of 4 x 4 processes = 16 samples a step, 46,344 steps"
+    timed = training.model_copy(update={"minutes": 90.0})
+    assert step_size(timed, 1) == "batch of 4 x 1 process = 4 samples a step, 46,344 steps or 90 minutes"
+
+
+def test_a_missing_weights_file_is_told_before_the_others_are_read(tmp_path):
+    (tmp_path / "there.safetensors").touch()
+    files = [str(tmp_path / name) for name in ("there.safetensors", "absent.safetensors")]
+    done = CliRunner().invoke(
+        app, ["train", str(CITY), "--set", f"training.weights={files}", "--out", str(tmp_path / "run")]
+    )
+    assert isinstance(done.exception, DataError)
+    assert done.exception.what == f"training.weights: {files[1]} is not there"
 
 
 def test_the_shipped_weights_are_those_of_the_configuration():

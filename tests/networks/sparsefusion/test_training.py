@@ -72,8 +72,11 @@ def test_a_second_stage_without_its_first_is_refused(tmp_path: Path, monkeypatch
     """A frozen detector of random weights would never be noticed."""
     monkeypatch.chdir(tmp_path)
     config = load_train_config(CONFIGS / "sparsefusion_nuscenes_r50.yaml")
-    with pytest.raises(DataError, match=r"out/lidar/weights.safetensors: No such file"):
+    with pytest.raises(DataError) as raised:
         train(config, tmp_path / "run")
+    assert raised.value.what == "training.weights: out/lidar/weights.safetensors is not there"
+    assert "`perception train configs/sparsefusion_nuscenes_lidar.yaml --out out/lidar`" in raised.value.do
+    assert raised.value.do.endswith("or set training.weights")
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
