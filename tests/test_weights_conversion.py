@@ -83,7 +83,7 @@ def test_other_files_than_checkpoints_are_refused(tmp_path: Path):
     path = tmp_path / "epoch_6.pth"
     torch.save(checkpoint(), path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"epoch_6.pth: a checkpoint that is cut short\n  copy it again"):
+    with pytest.raises(DataError, match=r"epoch_6.pth: a checkpoint that is cut short or damaged\n  copy it again"):
         read_checkpoint(path)
     with pytest.raises(DataError, match=r"absent.pth: No such file"):
         read_checkpoint(tmp_path / "absent.pth")
