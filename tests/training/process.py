@@ -48,6 +48,7 @@ if __name__ == "__main__":
                 report=lambda p: print(f"step {p.step}", flush=True),  # noqa: T201
             )
         except ConfigError as error:
-            print(error, flush=True)  # noqa: T201
+            sys.stdout.write(f"{error}\n")  # at once: the other process writes there too
+            sys.stdout.flush()
             sys.exit()  # without failing: torchrun would end the others before they tell theirs
         training.run(batches(config, Shapes(), network.needs, place, 0))
