@@ -98,13 +98,13 @@ def strided_map(
 ) -> tuple[KernelMap, Tensor]:
     """See `sparse_torch.strided_map`."""
     geometry = (kernel_size, stride, padding, dilation)
-    in_shape = _read_shape(out_shape, *geometry)
+    in_shape = _read_shape(out_shape, geometry)
     if not len(indices) or batch_size * max(math.prod(in_shape), math.prod(out_shape)) > _MOST_CELLS:
         found, sites = sparse_torch.strided_map(indices, batch_size, out_shape, *geometry)
         return KernelMap(found.forward.table.int(), len(indices)), sites
     indices = indices.contiguous()
-    sites = _reached(indices, batch_size, out_shape, *geometry).nonzero().int().contiguous()  # nonzero gives columns
-    return _neighbours(indices, sites, batch_size, in_shape, kernel_size, stride, padding, dilation), sites
+    sites = _reached(indices, batch_size, out_shape, geometry).nonzero().int().contiguous()  # nonzero gives columns
+    return _neighbours(indices, sites, batch_size, in_shape, *geometry), sites
 
 
 def padded_strided_map(
@@ -131,39 +131,34 @@ def padded_strided_map(
         PerceptionError: the grid is too large for a dense table.
     """
     geometry = (kernel_size, stride, padding, dilation)
-    in_shape = _read_shape(out_shape, *geometry)
+    in_shape = _read_shape(out_shape, geometry)
     if (cells := batch_size * max(math.prod(in_shape), math.prod(out_shape))) > _MOST_CELLS:
         raise PerceptionError(
             f"sparse convolution: a grid of {cells:,} cells, and a dense table of at most {_MOST_CELLS:,}",
             "use larger voxels or a smaller range",
         )
     indices = indices.contiguous()
-    reached = _reached(indices, batch_size, out_shape, *geometry)
+    reached = _reached(indices, batch_size, out_shape, geometry)
     sites = torch.nonzero_static(reached, size=rows, fill_value=-1).int().contiguous()
-    found = _neighbours(indices, sites, batch_size, in_shape, kernel_size, stride, padding, dilation)
+    found = _neighbours(indices, sites, batch_size, in_shape, *geometry)
     return found, sites, reached.sum()
 
 
-def _read_shape(out_shape: Triple, kernel_size: Triple, stride: Triple, padding: Triple, dilation: Triple) -> Triple:
+_Geometry = tuple[Triple, Triple, Triple, Triple]  # kernel size, stride, padding, dilation
+
+
+def _read_shape(out_shape: Triple, geometry: _Geometry) -> Triple:
     """The largest input cell that matters: inputs may lie beyond what the outputs read, but never before."""
     return _triple(
-        max((o - 1) * s - p + (k - 1) * d + 1, 1) + s
-        for o, k, s, p, d in zip(out_shape, kernel_size, stride, padding, dilation, strict=True)
+        max((o - 1) * s - p + (k - 1) * d + 1, 1) + s for o, k, s, p, d in zip(out_shape, *geometry, strict=True)
     )
 
 
-def _reached(
-    indices: Tensor,
-    batch_size: int,
-    out_shape: Triple,
-    kernel_size: Triple,
-    stride: Triple,
-    padding: Triple,
-    dilation: Triple,
-) -> Tensor:
+def _reached(indices: Tensor, batch_size: int, out_shape: Triple, geometry: _Geometry) -> Tensor:
     """(B, Z, Y, X) bool: the cells that a site reaches."""
     from perception.networks.layers.sparse_triton_kernels import mark_reached
 
+    kernel_size, stride, padding, dilation = geometry
     reached = torch.zeros((batch_size, *out_shape), dtype=torch.bool, device=indices.device)
     num = len(indices)
     with torch.cuda.device_of(indices):
