@@ -51,7 +51,7 @@ class SparseFusion(nn.Module):
         self.image = ImageBranch(config.image) if config.modality != "lidar" else None
         self.head = Head(config)
         self.fast: FastForward | None = None
-        self._voxels: int | None = None  # of the last sample predicted; None without a LiDAR
+        self._voxels: int | None = None  # in range of the last sample predicted, kept or not; None without a LiDAR
 
     @classmethod
     def from_original(cls, state_dict: Mapping[str, Tensor], config: SparseFusionConfig) -> SparseFusion:
@@ -100,13 +100,11 @@ class SparseFusion(nn.Module):
         if self.fast is not None:
             frame = self.fast(sample)
             self._voxels = frame.voxels
-            if frame.voxels is not None:
-                self.encoder.voxels_dropped = max(0, frame.voxels - self.config.lidar.max_voxels)
             if frame.voxels == 0:
                 return Boxes3D.empty(self.config.classes, sample.stamp_ns)
             return self.boxes(frame.detections, [sample])[0]
         inputs = self.encode([sample])
-        self._voxels = None if inputs.voxels is None else len(inputs.voxels)
+        self._voxels = None if inputs.voxels is None else len(inputs.voxels) + self.encoder.voxels_dropped
         if self._voxels == 0:
             return Boxes3D.empty(self.config.classes, sample.stamp_ns)
         return self.decode(self(inputs), [sample])[0]
@@ -138,7 +136,7 @@ class SparseFusion(nn.Module):
         parts = ["camera " + ", ".join(f"{role} {why}" for role, why in absent.items())] if absent else []
         if self._voxels == 0:
             parts.append(f"no point of LiDAR {self.config.lidar.role} in range")
-        if dropped := self.encoder.voxels_dropped:
+        if self._voxels is not None and (dropped := self._voxels - self.config.lidar.max_voxels) > 0:
             parts.append(f"{dropped} voxels beyond the {self.config.lidar.max_voxels} that lidar.max_voxels allows")
         return "; ".join(parts)
 
